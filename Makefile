@@ -1,0 +1,64 @@
+# make run    the exporter on this machine          make check  lint, types and unit tests (what to run for a change)
+# make test   everything that CI runs               make bench  cost of a scrape, idle and on a full node
+# make docs   write docs/metrics.md from the code
+# make lock   pin the dependencies anew             make format lay the code out as CI wants it
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: run test check lint unit bench docs lock format clean
+.DELETE_ON_ERROR:
+
+run: .venv/run
+	$(BIN)/shoal-exporter $(ARGS)
+
+test: .venv/dev lint
+	tests/packages.sh
+	$(BIN)/pytest --cov --cov-report=term
+
+check: .venv/dev lint unit
+
+lint: .venv/dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+unit: .venv/dev
+	$(BIN)/pytest tests/unit
+
+bench: .venv/dev
+	tests/packages.sh
+	$(BIN)/python -m tests.bench.idle
+	$(BIN)/python -m tests.bench.full
+
+docs: .venv/run
+	$(BIN)/python docs/build.py
+
+format: .venv/dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Hashes for every platform and no addresses. uv is needed here only, so it is not pinned with the rest.
+lock:
+	$(PYTHON) -m venv .venv/lock && .venv/lock/bin/pip install --quiet uv
+	.venv/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	    --no-header --no-annotate --upgrade pyproject.toml --group build -o requirements/run.txt
+	.venv/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	    --no-header --no-annotate --upgrade pyproject.toml --group build --group test --group lint \
+	    -c requirements/run.txt -o requirements/dev.txt
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage dist
+
+.venv/bin/pip:
+	tests/venv.sh $(PYTHON)
+
+# --no-build-isolation: what builds the package comes from the lock too, with its hash.
+.venv/run: .venv/bin/pip requirements/run.txt pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/run.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+.venv/dev: .venv/run requirements/dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	touch $@
