@@ -1,0 +1,1 @@
+"""Reads the kernel and returns plain records in base units; knows nothing of metrics."""

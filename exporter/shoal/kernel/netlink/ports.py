@@ -1,0 +1,132 @@
+"""Which local ports TCP connections hold towards each destination, from NETLINK_SOCK_DIAG.
+
+Constants and structures are those of include/uapi/linux/{sock_diag,inet_diag}.h. No privilege is needed.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from socket import AF_INET, AF_INET6, IPPROTO_TCP, htons, inet_ntop, ntohs
+from typing import TYPE_CHECKING, Final
+
+from shoal.kernel.files import ParseError, Reason, Unavailable
+from shoal.kernel.netlink.core import NetlinkSocket, SocketOpener, Subsystem, attributes, open_socket
+
+if TYPE_CHECKING:
+    from collections.abc import Container, Iterable, Iterator
+
+__all__ = ["PortUse", "count_ports", "filter_ports", "parse_port_use", "read_port_use"]
+
+_FILE: Final = "netlink SOCK_DIAG"
+_SOCK_DIAG_BY_FAMILY: Final = 20
+_INET_DIAG_REQ_BYTECODE: Final = 1
+_INET_DIAG_CGROUP_ID: Final = 21
+
+# include/net/tcp_states.h: all but CLOSE (7), which has no port, and LISTEN (10), whose port is of its own choosing.
+_STATES: Final = 0xFFF & ~(1 << 0 | 1 << 7 | 1 << 10)
+_TIME_WAIT: Final = 6
+
+# struct inet_diag_req_v2, as in sock_diag.py, and struct nlattr
+_REQUEST: Final = struct.Struct("=BBxxI48x")
+_ATTRIBUTE: Final = struct.Struct("=HH")
+# struct inet_diag_bc_op: code, yes, no. The port to compare with is the `no` of a second op behind it.
+_OPERATION: Final = struct.Struct("=BBH")
+_INET_DIAG_BC_S_GE: Final = 2
+_INET_DIAG_BC_S_LE: Final = 3
+_COMPARISON_BYTES: Final = 2 * _OPERATION.size
+
+# struct inet_diag_msg: idiag_state at 1, idiag_sport at 4, then idiag_dport, idiag_src, idiag_dst up to 40, 72 in all.
+_MESSAGE_BYTES: Final = 72
+_STATE: Final = 1
+_SPORT: Final = slice(4, 6)
+_TUPLE: Final = slice(6, 40)
+_U16: Final = struct.Struct("=H")
+_U64: Final = struct.Struct("=Q")
+# A destination with fewer connections has not used up anything, and whose they are is not asked.
+_WORTH_AN_OWNER: Final = 10
+
+_ADDRESS_BYTES: Final = {int(AF_INET): 4, int(AF_INET6): 16}
+
+
+@dataclass(frozen=True, slots=True)
+class PortUse:
+    """How many local ports are held between a source address and a destination, each of them by one connection."""
+
+    source: str
+    destination: str
+    port: int
+    """The destination's."""
+    used: int
+    cgroup_id: int | None
+    """The cgroup of one of the connections that are not in TIME_WAIT; None if none of them told (before 5.8)."""
+
+
+def filter_ports(low: int, high: int) -> bytes:
+    """Return the attribute that makes the kernel send only sockets whose local port is in a range (2.6.14).
+
+    A program of two comparisons; a jump beyond its end rejects the socket.
+    """
+    length = 2 * _COMPARISON_BYTES
+    program = b""
+    for code, port in ((_INET_DIAG_BC_S_GE, low), (_INET_DIAG_BC_S_LE, high)):
+        beyond = length - len(program) + _OPERATION.size
+        program += _OPERATION.pack(code, _COMPARISON_BYTES, beyond) + _OPERATION.pack(0, 0, port)
+    return _ATTRIBUTE.pack(_ATTRIBUTE.size + length, _INET_DIAG_REQ_BYTECODE) + program
+
+
+def count_ports(messages: Iterable[bytes], without: Container[bytes]) -> dict[bytes, tuple[int, int | None]]:
+    """Count struct inet_diag_msg by (destination port, source, destination): {those 34 bytes: (count, cgroup id)}.
+
+    `without` are local ports, as two bytes in network order, that are a server's and not handed out. Only the bytes of
+    the tuple are taken from each message, as there may be hundreds of thousands. Raises `ParseError`.
+    """
+    counts: dict[bytes, int] = {}
+    owners: dict[bytes, int] = {}
+    for number, message in enumerate(messages, 1):
+        if len(message) < _MESSAGE_BYTES:
+            raise ParseError(_FILE, number, f"struct inet_diag_msg of {_MESSAGE_BYTES} bytes, found {len(message)}")
+        if message[_SPORT] in without:
+            continue
+        key = message[_TUPLE]
+        count = counts[key] = counts.get(key, 0) + 1
+        if count >= _WORTH_AN_OWNER and key not in owners and message[_STATE] != _TIME_WAIT:
+            cgroup = attributes(message, _MESSAGE_BYTES, _FILE, number).get(_INET_DIAG_CGROUP_ID, b"")
+            if len(cgroup) == _U64.size:
+                owners[key] = _U64.unpack(cgroup)[0]
+    return {key: (count, owners.get(key)) for key, count in counts.items()}
+
+
+def parse_port_use(family: int, key: bytes, used: int, cgroup_id: int | None) -> PortUse:
+    """Turn a tuple that was counted into what a person reads."""
+    size = _ADDRESS_BYTES[family]
+    source, destination = inet_ntop(family, key[2 : 2 + size]), inet_ntop(family, key[18 : 18 + size])
+    return PortUse(source, destination, ntohs(_U16.unpack_from(key)[0]), used, cgroup_id)
+
+
+def read_port_use(
+    low: int, high: int, servers: Iterable[int], most: int, *, opener: SocketOpener = open_socket
+) -> tuple[list[PortUse], int]:
+    """Return the `most` tuples that hold the most ports from `low` to `high`, and how many tuples there are in all.
+
+    `servers` are local ports that something listens on. Of the network namespace that `opener` opens sockets in; the
+    kernel picks the ports. Raises `Unavailable` or `ParseError`.
+    """
+    without = {_U16.pack(htons(port)) for port in servers}
+
+    def reduce(messages: Iterator[bytes]) -> dict[bytes, tuple[int, int | None]]:
+        return count_ports(messages, without)
+
+    found: list[tuple[int, int, bytes, int | None]] = []
+    with NetlinkSocket(Subsystem.SOCK_DIAG, opener=opener) as netlink:
+        for family in (int(AF_INET), int(AF_INET6)):
+            request = _REQUEST.pack(family, IPPROTO_TCP, _STATES) + filter_ports(low, high)
+            try:
+                counts = netlink.dump(_SOCK_DIAG_BY_FAMILY, request, reduce)
+            except Unavailable as absent:
+                if family == AF_INET6 and absent.reason is Reason.NOT_IN_KERNEL:
+                    continue
+                raise
+            found += [(used, family, key, cgroup) for key, (used, cgroup) in counts.items()]
+    found.sort(key=lambda row: row[0], reverse=True)
+    return [parse_port_use(family, key, used, cgroup) for used, family, key, cgroup in found[:most]], len(found)

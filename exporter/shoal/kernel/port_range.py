@@ -1,0 +1,55 @@
+"""Which local ports the kernel hands out in the reader's network namespace: two sysctls below net.ipv4."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shoal.kernel.files import ParseError, lines, read
+
+__all__ = ["PortRange", "parse_port_range", "parse_reserved_ports", "read_port_range"]
+
+_HIGHEST = 65535
+
+
+@dataclass(frozen=True, slots=True)
+class PortRange:
+    """The ports from `low` to `high`, of which `available` are not reserved. IPv6 uses the same."""
+
+    low: int
+    high: int
+    available: int
+
+
+def parse_port_range(data: bytes, file: str = "ip_local_port_range") -> tuple[int, int]:
+    r"""Return (low, high) of `32768\t60999`. Raises `ParseError`."""
+    (line, *more) = lines(data, file)
+    fields = line.split()
+    if more or len(fields) != 2 or not all(field.isdigit() for field in fields):  # noqa: PLR2004  (low and high)
+        raise ParseError(file, 1, "the lowest and the highest port")
+    low, high = map(int, fields)
+    if not low <= high <= _HIGHEST:
+        raise ParseError(file, 1, "the lowest and the highest port, in that order")
+    return low, high
+
+
+def parse_reserved_ports(data: bytes, file: str = "ip_local_reserved_ports") -> list[tuple[int, int]]:
+    """Return the (first, last) of each item of `8080,9148-9150`; an empty line reserves none. Raises `ParseError`."""
+    reserved = []
+    for item in b",".join(lines(data, file)).split(b","):
+        if not item:
+            continue
+        first, dash, last = item.partition(b"-")
+        if not first.isdigit() or not (last.isdigit() or not dash):
+            raise ParseError(file, 1, "ports and ranges of ports between commas")
+        reserved.append((int(first), int(last) if dash else int(first)))
+    return reserved
+
+
+def read_port_range(proc: str) -> PortRange:
+    """Read the range of the network namespace that the calling thread is in. Raises `Unavailable` or `ParseError`."""
+    path = f"{proc}/sys/net/ipv4/ip_local_port_range"
+    low, high = parse_port_range(read(path), path)
+    path = f"{proc}/sys/net/ipv4/ip_local_reserved_ports"
+    reserved = parse_reserved_ports(read(path), path)
+    taken = sum(max(0, min(last, high) - max(first, low) + 1) for first, last in reserved)
+    return PortRange(low, high, high - low + 1 - taken)
