@@ -1,0 +1,155 @@
+"""The command `shoal-exporter`: arguments to settings, then the server until it is told to stop."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import logging
+import os
+import sys
+import threading
+import time
+from functools import partial
+from typing import TYPE_CHECKING, NoReturn
+
+from shoal import __version__
+from shoal.collectors import load
+from shoal.logs import configure
+from shoal.settings import OPTIONS, Settings, SettingsError, closest, resolve
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["main"]
+
+logger = logging.getLogger(__name__)
+
+# Seconds that idle threads have to notice the end.
+_THREADS_END = 0.3
+
+_DESCRIPTION = """\
+Prometheus exporter for the failures of Linux and Kubernetes nodes that ordinary
+monitoring does not show: listen-queue overflows, memory.high throttling, kills
+below the limit, full conntrack tables and others. It only reads: no setting is
+written, no entry deleted, no accounting switched on.
+"""
+
+_EPILOG = """\
+Every option is also a variable (--web.listen-address is SHOAL_WEB_LISTEN_ADDRESS)
+and a key of the configuration file (web.listen-address). A flag wins over the
+variable, the variable over the file. --no-collector.NAME is collector.NAME false.
+
+Look at http://127.0.0.1:7462/ to see which signals this node gives, and why
+others are absent.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def parse(self, arguments: Sequence[str] | None) -> dict[str, str]:
+        """Return {key: text} of the flags that are given."""
+        flags, unknown = self.parse_known_args(arguments)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            self.error(f"{flag} is no option{closest(flag, list(self._option_string_actions))}")
+        return {key: ",".join(text) if isinstance(text, list) else text for key, text in vars(flags).items()}
+
+    def error(self, message: str) -> NoReturn:
+        """Say what was wrong in one sentence and where to look; the usage of every flag would bury it."""
+        message = message.removeprefix("argument ").replace(": ignored explicit argument", " takes no value, got")
+        _fail(f"{_stop(message)} See {self.prog} --help.", 2)
+
+    def format_help(self) -> str:
+        """Describe the collectors by the first line of their own files, which are imported only for this."""
+        for action in self._actions:
+            if action.option_strings[0].startswith("--collector."):
+                module = sys.modules[load(action.dest.removeprefix("collector.")).__module__]
+                line = str(module.__doc__).partition("\n")[0].partition(": ")[2]
+                action.help = line[:1].upper() + line[1:].replace("%", "%%")
+        return super().format_help()
+
+
+def _stop(sentence: str) -> str:
+    return sentence if sentence.endswith("?") else f"{sentence}."
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    sys.stderr.write(f"shoal-exporter: {message}\n")
+    raise SystemExit(status)
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="shoal-exporter",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        allow_abbrev=False,
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=34),
+        argument_default=argparse.SUPPRESS,
+        usage="shoal-exporter [OPTION ...]",
+    )
+    parser.add_argument("--version", action="version", version=f"shoal-exporter {__version__}")
+    collectors = parser.add_argument_group("collectors, all on unless --no-collector.NAME switches one off")
+    for option in OPTIONS:
+        flag = f"--{option.key}"
+        if option.key.startswith("collector."):
+            collectors.add_argument(flag, action="store_const", const="true", dest=option.key)
+            collectors.add_argument(
+                f"--no-{option.key}", action="store_const", const="false", dest=option.key, help=argparse.SUPPRESS
+            )
+        else:
+            shown = f"{option.help} Default: {option.default}" if option.default else option.help
+            action = "append" if option.repeatable else "store"
+            shown = shown.replace("%", "%%")
+            parser.add_argument(flag, action=action, dest=option.key, metavar=option.metavar, help=shown)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the exporter with these arguments (those of the process by default) and return its exit status.
+
+    0 after it was told to stop, 1 when it could not serve, 2 when an argument or a setting is wrong.
+    """
+    flags = _parser().parse(arguments)
+    try:
+        settings = resolve(flags)
+    except SettingsError as error:
+        _fail(_stop(str(error)), 2)
+    configure(settings.log_level, settings.log_format)
+    status = _run(settings)
+    _end_without_hanging_threads(status)
+    return status
+
+
+def _run(settings: Settings) -> int:
+    # Imported here so that --help and a wrong argument answer without loading the web server.
+    from shoal.scrape import Scraper  # noqa: PLC0415
+    from shoal.server import ListenError, serve  # noqa: PLC0415
+
+    # Worker threads parse while the loop answers; a shorter turn keeps the loop's wait under its 10 ms.
+    sys.setswitchinterval(0.001)
+    scraper = Scraper(settings.roots, {name: load(name)(settings) for name in settings.collectors})
+    # A full garbage collection stops all threads, for 20 ms if it has to look at everything that was imported.
+    gc.collect()
+    gc.freeze()
+    try:
+        asyncio.run(serve(settings.listen, scraper))
+    except ListenError as error:
+        _fail(_stop(str(error)), 1)
+    except KeyboardInterrupt:
+        pass
+    return 0
+
+
+def _end_without_hanging_threads(status: int) -> None:
+    """End the process here if a worker is stuck in the kernel: Python would wait for it for ever."""
+    from shoal.server import WORKERS  # noqa: PLC0415  (loaded by now)
+
+    workers = [thread for thread in threading.enumerate() if thread.name.startswith(WORKERS)]
+    until = time.monotonic() + _THREADS_END
+    for thread in workers:
+        thread.join(max(0.0, until - time.monotonic()))
+    if any(thread.is_alive() for thread in workers):
+        logger.warning("ended without waiting for threads that hang")
+        logging.shutdown()
+        os._exit(status)

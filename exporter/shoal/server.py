@@ -1,0 +1,290 @@
+"""The aiohttp application: /metrics, /-/healthy, /-/ready and / for people."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import html
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from aiohttp import web
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.openmetrics.exposition import generate_latest as generate_latest_openmetrics
+
+from shoal import __version__, collectors, scrape
+from shoal.exposition import render
+from shoal.families import Family, Metric
+from shoal.kernel.files import Reason
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from shoal.scrape import Scraper
+
+__all__ = ["BUILD_INFO", "WORKERS", "ListenError", "Metrics", "application", "catalogue", "serve"]
+
+logger = logging.getLogger(__name__)
+
+BUILD_INFO = Metric(
+    "shoal_build_info",
+    "gauge",
+    "Always 1; the version of the exporter and of the Python that runs it.",
+    "the exporter itself",
+    ("version", "python"),
+)
+
+WORKERS = "shoal"
+"""What the names of the worker threads begin with."""
+
+# Found when this is imported, as is what is in /proc below: reading would block the loop.
+_ALL_COLLECTORS = frozenset(collectors.available_names())
+
+# Without auto_describe it would not know which metrics ProcessCollector has when `name[]` asks for one.
+_PROCESS = CollectorRegistry(auto_describe=True)
+ProcessCollector(registry=_PROCESS)
+
+_DEFAULT_TIMEOUT = 10.0
+_LONGEST_TIMEOUT = 120.0
+
+# Seconds that scrapes have to end after SIGTERM; aiohttp waits as long again for those that it then cancels.
+_LAST_ANSWERS = 0.5
+# An exporter that watches listen queues should not overflow its own when many ask at once.
+_BACKLOG = 1024
+
+_TEXT = "text/plain; version=0.0.4; charset=utf-8"
+_OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+_QUALITY = re.compile(r";\s*q=([01](?:\.\d*)?)")
+
+
+def catalogue() -> dict[str, Metric]:
+    """Return every `shoal_` metric that the exporter can export, by name. Imports all collectors."""
+    return collectors.catalogue() | {metric.name: metric for metric in (*scrape.METRICS, BUILD_INFO)}
+
+
+class ListenError(Exception):
+    """The address cannot be listened on. `str()` is a sentence that says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What one scrape asks for; requests that are equal and at the same time share one answer."""
+
+    collectors: frozenset[str]
+    names: frozenset[str]
+    openmetrics: bool
+    gzip: bool
+    timeout: float
+
+
+class Metrics:
+    """Answers /metrics: the collectors' families and the exporter's own, rendered in a worker thread."""
+
+    def __init__(self, scraper: Scraper) -> None:
+        """Answer from this scraper."""
+        self._scraper = scraper
+        self._answers: dict[_Request, asyncio.Task[bytes]] = {}
+
+    async def handle(self, request: web.Request) -> web.Response:
+        """Answer GET /metrics. `collect[]`, `exclude[]` choose collectors, `name[]` metrics by their full name."""
+        accept = request.headers.get("Accept", "")
+        openmetrics = _quality(accept, "application/openmetrics-text")
+        wanted = _Request(
+            collectors=self._chosen(request.query.getall("collect[]", []), request.query.getall("exclude[]", [])),
+            names=frozenset(request.query.getall("name[]", [])),
+            openmetrics=openmetrics > 0 and openmetrics >= _quality(accept, "text/plain"),
+            gzip=_quality(request.headers.get("Accept-Encoding", ""), "gzip") > 0,
+            timeout=_timeout(request.headers.get("X-Prometheus-Scrape-Timeout-Seconds", "")),
+        )
+        answer = self._answers.get(wanted)
+        if answer is None:
+            answer = asyncio.create_task(self._answer(wanted))
+            self._answers[wanted] = answer
+            answer.add_done_callback(lambda _: self._answers.pop(wanted, None))
+        # A client that goes away must not end the work that others wait for.
+        body = await asyncio.shield(answer)
+        headers = {"Content-Type": _OPENMETRICS if wanted.openmetrics else _TEXT, "Vary": "Accept, Accept-Encoding"}
+        if wanted.gzip:
+            headers["Content-Encoding"] = "gzip"
+        return web.Response(body=body, headers=headers)
+
+    def _chosen(self, collect: list[str], exclude: list[str]) -> frozenset[str]:
+        enabled = frozenset(self._scraper.collectors)
+        if collect and exclude:
+            raise web.HTTPBadRequest(text="collect[] and exclude[] cannot be combined; use one of them.\n")
+        if unknown := sorted({*collect, *exclude} - enabled):
+            raise web.HTTPBadRequest(
+                text=f"there is no collector {unknown[0]!r} enabled here; there are {', '.join(sorted(enabled))}.\n"
+            )
+        return frozenset(collect) if collect else enabled - frozenset(exclude)
+
+    async def _answer(self, wanted: _Request) -> bytes:
+        families = await self._scraper.scrape(wanted.collectors, wanted.timeout)
+        families.append(_build_info())
+        return await asyncio.to_thread(self._body, families, wanted)
+
+    def _body(self, families: list[Family], wanted: _Request) -> bytes:
+        # The process's own numbers come from prometheus_client.
+        own = _PROCESS
+        if wanted.names:
+            families = [family for family in families if family.metric.name in wanted.names]
+            own = cast(CollectorRegistry, own.restricted_registry(wanted.names))
+        # prometheus_client's part comes last, as it closes an OpenMetrics document.
+        generate: Callable[[CollectorRegistry], bytes] = (
+            generate_latest_openmetrics if wanted.openmetrics else generate_latest
+        )
+        body = render(families, openmetrics=wanted.openmetrics) + generate(own)
+        # Level 1 is a third of the time of level 6 for a tenth more bytes, on this kind of text.
+        return gzip.compress(body, 1) if wanted.gzip else body
+
+
+def _quality(header: str, wanted: str) -> float:
+    """Return how much an Accept or Accept-Encoding header wants this; 0 is not at all. Wildcards are no wish."""
+    found = 0.0
+    for offer in header.split(","):
+        name, _, parameters = offer.partition(";")
+        if name.strip().lower() == wanted:
+            quality = _QUALITY.search(";" + parameters.lower())
+            found = max(found, float(quality[1]) if quality else 1.0)
+    return found
+
+
+def _timeout(header: str) -> float:
+    """Return the seconds that collectors have: what Prometheus announces, less a margin to render and send."""
+    try:
+        announced = float(header)
+    except ValueError:
+        announced = _DEFAULT_TIMEOUT
+    if not announced > 0:  # true for NaN too
+        announced = _DEFAULT_TIMEOUT
+    announced = min(announced, _LONGEST_TIMEOUT)
+    return announced - min(0.5, announced * 0.2)
+
+
+def _build_info() -> Family:
+    return Family(BUILD_INFO, [((__version__, "{}.{}.{}".format(*sys.version_info[:3])), 1)])
+
+
+async def _ok(_request: web.Request) -> web.Response:
+    return web.Response(text="ok\n")
+
+
+class _Index:
+    """Answers / for a person: what runs, and which signals this node gives."""
+
+    def __init__(self, scraper: Scraper) -> None:
+        self._scraper = scraper
+        self._off = sorted(_ALL_COLLECTORS - set(scraper.collectors))
+
+    async def handle(self, _request: web.Request) -> web.Response:
+        await self._scraper.scrape(self._scraper.collectors, _timeout(""))
+        return web.Response(text=self._page(), content_type="text/html")
+
+    def _page(self) -> str:
+        rows = []
+        for name, collector in sorted(self._scraper.collectors.items()):
+            failure = self._scraper.failures.get(name)
+            for signal_name, why in collector.availability.absent.items():
+                state = (Reason.COLLECTOR_FAILED.value, failure) if failure else _state(why)
+                rows.append((name, signal_name, *state))
+        rows += [(name, "", "switched off", "") for name in self._off]
+        table = "\n".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+        return _PAGE.format(version=html.escape(__version__), rows=table)
+
+
+def _state(why: tuple[Reason, str] | None) -> tuple[str, str]:
+    return ("available", "") if why is None else (why[0].value, why[1])
+
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head><meta charset="utf-8"><title>Shoal exporter</title>
+<style>
+body {{ font-family: sans-serif; margin: 2em; max-width: 70em; }}
+table {{ border-collapse: collapse; }}
+td, th {{ border-bottom: 1px solid #ccc; padding: .3em 1em .3em 0; text-align: left; vertical-align: top; }}
+</style></head>
+<body>
+<h1>Shoal exporter {version}</h1>
+<p><a href="/metrics">/metrics</a> for Prometheus, <a href="/-/healthy">/-/healthy</a> and
+<a href="/-/ready">/-/ready</a> for probes.</p>
+<table>
+<tr><th>Collector</th><th>Signal</th><th>On this node</th><th>Why it is absent</th></tr>
+{rows}
+</table>
+</body>
+</html>
+"""
+
+
+def application(scraper: Scraper) -> web.Application:
+    """Return the application that answers from this scraper."""
+    app = web.Application()
+    app.add_routes(
+        [
+            web.get("/", _Index(scraper).handle),
+            web.get("/metrics", Metrics(scraper).handle),
+            web.get("/-/healthy", _ok),
+            web.get("/-/ready", _ok),
+        ]
+    )
+    return app
+
+
+class _Workers(ThreadPoolExecutor):
+    """Threads that nothing waits for at the end: one may be stuck in the kernel, where it cannot be stopped."""
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: ARG002, FBT001, FBT002  (inherited)
+        """End the threads that have nothing to do; asyncio would wait for the others for ever."""
+        super().shutdown(wait=False, cancel_futures=True)
+
+
+async def serve(listen: tuple[str, int], scraper: Scraper) -> None:
+    """Serve until SIGTERM or SIGINT. Raises `ListenError` when the address cannot be had."""
+    loop = asyncio.get_running_loop()
+    # A thread for each collector, so that one that hangs takes none from the others, and some to render.
+    loop.set_default_executor(_Workers(len(scraper.collectors) + 4, thread_name_prefix=WORKERS))
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    runner = web.AppRunner(application(scraper), access_log=None, shutdown_timeout=_LAST_ANSWERS)
+    await runner.setup()
+    try:
+        await _listen(runner, *listen)
+        # One log line per socket: an empty host listens on IPv4 and IPv6.
+        for host, port, *_ in runner.addresses:
+            logger.info("listening", extra={"address": _joined(host, port), "collectors": ",".join(scraper.collectors)})
+        starting = asyncio.create_task(scraper.start())
+        await stop.wait()
+        starting.cancel()
+        logger.info("stopping")
+    finally:
+        await scraper.stop()
+        await runner.cleanup()
+
+
+async def _listen(runner: web.AppRunner, host: str, port: int) -> None:
+    try:
+        await web.TCPSite(runner, host or None, port, backlog=_BACKLOG).start()
+    except (OSError, UnicodeError) as error:
+        if isinstance(error, UnicodeError):
+            reason = "that is no host name"
+        elif isinstance(error, socket.gaierror) or not error.errno:
+            reason = error.strerror or str(error)
+        else:
+            # asyncio's own text repeats the address.
+            reason = os.strerror(error.errno)
+        raise ListenError(
+            f"cannot listen on {_joined(host, port)}: {reason}; choose another with --web.listen-address"
+        ) from None
+
+
+def _joined(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
