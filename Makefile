@@ -38,13 +38,15 @@ format: .venv/dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Hashes for every platform and no addresses. uv is needed here only, so it is not pinned with the rest.
+# Hashes for every platform and no addresses. Extras are kept: pip takes coverage[toml] for another requirement than
+# coverage, and refuses it unpinned. uv is needed here only, so it is not pinned with the rest.
 lock:
 	$(PYTHON) -m venv .venv/lock && .venv/lock/bin/pip install --quiet uv
 	.venv/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
-	    --no-header --no-annotate --upgrade pyproject.toml --group build -o requirements/run.txt
+	    --no-header --no-annotate --no-strip-extras --upgrade pyproject.toml --group build -o requirements/run.txt
 	.venv/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
-	    --no-header --no-annotate --upgrade pyproject.toml --group build --group test --group lint \
+	    --no-header --no-annotate --no-strip-extras --upgrade pyproject.toml --group build --group test --group lint \
+	    --group chart --group dashboards --group lab \
 	    -c requirements/run.txt -o requirements/dev.txt
 
 clean:
