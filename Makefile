@@ -1,12 +1,13 @@
 # make run    the exporter on this machine          make check  lint, types and unit tests (what to run for a change)
 # make test   everything that CI runs               make bench  cost of a scrape, idle and on a full node
-# make docs   write docs/metrics.md from the code
+# make docs   write docs/metrics.md from the code   make test-vm  what only a stock kernel can show
 # make lock   pin the dependencies anew             make format lay the code out as CI wants it
 
 PYTHON ?= python3
+KERNEL ?= 6.1
 BIN := .venv/bin
 
-.PHONY: run test check lint unit bench docs lock format clean
+.PHONY: run test test-vm check lint unit bench docs lock format clean
 .DELETE_ON_ERROR:
 
 run: .venv/run
@@ -25,6 +26,11 @@ lint: .venv/dev
 
 unit: .venv/dev
 	$(BIN)/pytest tests/unit
+
+# In a virtual machine: what loads modules and writes sysctls of the initial namespace.
+test-vm: .venv/dev
+	tests/packages.sh
+	tests/vm.sh $(KERNEL) -- $(BIN)/pytest -q -p no:cacheprovider --timeout=300 tests/vm
 
 bench: .venv/dev
 	tests/packages.sh

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import re
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -781,45 +778,3 @@ def test_fifty_thousand_real_entries() -> None:
     assert real["grown_kib"] < 16 << 10
     assert real["cpu"] < 10 * real["tool_cpu"]
     assert real["lag"] < 0.1
-
-
-@pytest.mark.root
-@pytest.mark.skipif("SHOAL_VM" not in os.environ, reason="loads modules and fills the table: run it with tests/vm.sh")
-def test_a_stock_kernel_in_a_virtual_machine() -> None:
-    """No scrape loads a module, whatever is loaded already; a full table is seen as conntrack -S and -C see it."""
-    told = []
-    for modules in ((), ("nf_conntrack",), ("nf_conntrack_netlink",), ("nft_ct", "nft_chain_nat")):
-        for module in modules:
-            subprocess.run(["modprobe", module], check=True)
-        before = loaded()
-        one = collector()
-        one.read(Node(Roots()))
-        assert loaded() == before
-        told.append([reasons(one)[signal] for signal in ("entries", "statistics", "namespaces", "dump", "backends")])
-    assert told == [
-        ["not_in_kernel", "not_in_kernel", "not_in_kernel", "not_in_kernel", "not_readable"],
-        ["", "", "", "not_in_kernel", "not_readable"],
-        ["", "", "", "", "not_in_kernel"],
-        ["", "", "", "", ""],
-    ]
-    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-    rules = "table inet t { chain c { type filter hook output priority 0; ct state new counter; }; }"
-    subprocess.run(["nft", rules], check=True)
-    Path("/proc/sys/net/netfilter/nf_conntrack_max").write_text("500")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
-        for number in range(2000):
-            with contextlib.suppress(OSError):
-                sender.sendto(b"x", (f"127.0.{number >> 8}.{number & 255}", 7000))
-    found = samples(collector().read(Node(Roots())))
-    counted = subprocess.run(["conntrack", "-S"], check=True, capture_output=True, text=True).stdout
-    for word in ("drop", "early_drop", "insert_failed"):
-        numbers = [int(number) for number in re.findall(rf" {word}=(\d+)", counted)]
-        assert found[f"shoal_conntrack_{word}_total"]["host",] == sum(numbers)
-    assert found["shoal_conntrack_drop_total"]["host",] > 100
-    assert found["shoal_conntrack_entries"][HOST] == found["shoal_conntrack_limit"][()] == 500
-    assert found["shoal_conntrack_owner_entries"][*HOST, "from"] == found["shoal_conntrack_dump_entries"][()] == 500
-
-
-def loaded() -> set[str]:
-    """Return the names of the kernel modules that are loaded."""
-    return {line.split()[0] for line in Path("/proc/modules").read_text().splitlines()}

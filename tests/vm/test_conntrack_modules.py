@@ -1,0 +1,64 @@
+"""Collector `conntrack` on a stock kernel whose modules are loaded one by one: `make test-vm`, on no machine in use."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+import subprocess
+from pathlib import Path
+
+from shoal.collectors.conntrack import ConntrackCollector
+from shoal.inventory import Node
+from shoal.kernel.files import Roots
+from shoal.settings import resolve
+
+HOST = ("host", "", "", "", "")
+SIGNALS = ("entries", "statistics", "namespaces", "dump", "backends")
+
+
+def loaded() -> set[str]:
+    """Return the names of the kernel modules that are loaded."""
+    return {line.split()[0] for line in Path("/proc/modules").read_text(encoding="ascii").splitlines()}
+
+
+def scrape() -> tuple[dict[str, dict[tuple[str, ...], float]], list[str]]:
+    """Return {metric: {labels: value}} of one scrape, and the reason for the absence of each signal, or ""."""
+    collector = ConntrackCollector(resolve({}, {}))
+    found = {family.metric.name: dict(family.samples) for family in collector.read(Node(Roots()))}
+    absent = [collector.availability.absent[f"conntrack_{signal}"] for signal in SIGNALS]
+    return found, [why[0].value if why else "" for why in absent]
+
+
+def test_no_scrape_loads_a_module_and_a_full_table_is_seen() -> None:
+    """Nothing is loaded by looking, whatever is loaded already; a full table is seen as conntrack -S and -C see it."""
+    told = []
+    for modules in ((), ("nf_conntrack",), ("nf_conntrack_netlink",), ("nft_ct", "nft_chain_nat")):
+        for module in modules:
+            subprocess.run(["modprobe", module], check=True)
+        before = loaded()
+        told.append(scrape()[1])
+        assert loaded() == before
+    assert told == [
+        ["not_in_kernel", "not_in_kernel", "not_in_kernel", "not_in_kernel", "not_readable"],
+        ["", "", "", "not_in_kernel", "not_readable"],
+        ["", "", "", "", "not_in_kernel"],
+        ["", "", "", "", ""],
+    ]
+
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    rules = "table inet t { chain c { type filter hook output priority 0; ct state new counter; }; }"
+    subprocess.run(["nft", rules], check=True)
+    Path("/proc/sys/net/netfilter/nf_conntrack_max").write_text("500", encoding="ascii")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        for number in range(2000):
+            with contextlib.suppress(OSError):
+                sender.sendto(b"x", (f"127.0.{number >> 8}.{number & 255}", 7000))
+    found, _ = scrape()
+    counted = subprocess.run(["conntrack", "-S"], check=True, capture_output=True, text=True).stdout
+    for word in ("drop", "early_drop", "insert_failed"):
+        numbers = [int(number) for number in re.findall(rf" {word}=(\d+)", counted)]
+        assert found[f"shoal_conntrack_{word}_total"]["host",] == sum(numbers)
+    assert found["shoal_conntrack_drop_total"]["host",] > 100
+    assert found["shoal_conntrack_entries"][HOST] == found["shoal_conntrack_limit"][()] == 500
+    assert found["shoal_conntrack_owner_entries"][*HOST, "from"] == found["shoal_conntrack_dump_entries"][()] == 500
