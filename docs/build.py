@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shoal import collectors, scrape, server
+from shoal import collectors, scrape, server, web_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -33,7 +33,7 @@ def page() -> str:
         parts.append(f"Signals: {', '.join(f'`{signal}`' for signal in collector.signals)}.\n")
         parts.append(_table(collector.metrics))
     parts.append("\n## The exporter itself\n")
-    parts.append(_table((collectors.SIGNAL_AVAILABLE, *scrape.METRICS, server.BUILD_INFO)))
+    parts.append(_table((collectors.SIGNAL_AVAILABLE, *scrape.METRICS, *web_config.METRICS, server.BUILD_INFO)))
     return "".join(parts)
 
 

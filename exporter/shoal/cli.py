@@ -113,10 +113,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = _parser().parse(arguments)
     try:
         settings = resolve(flags)
+        configure(settings.log_level, settings.log_format)
+        status = _run(settings)
     except SettingsError as error:
         _fail(_stop(str(error)), 2)
-    configure(settings.log_level, settings.log_format)
-    status = _run(settings)
     _end_without_hanging_threads(status)
     return status
 
@@ -128,12 +128,18 @@ def _run(settings: Settings) -> int:
 
     # Worker threads parse while the loop answers; a shorter turn keeps the loop's wait under its 10 ms.
     sys.setswitchinterval(0.001)
+    web_config = None
+    if settings.web_config_file:
+        # Imported here because most exporters run without, and the parser and bcrypt cost 3 MiB.
+        from shoal.web_config import WebConfig  # noqa: PLC0415
+
+        web_config = WebConfig(settings.web_config_file)
     scraper = Scraper(settings.roots, {name: load(name)(settings) for name in settings.collectors})
     # A full garbage collection stops all threads, for 20 ms if it has to look at everything that was imported.
     gc.collect()
     gc.freeze()
     try:
-        asyncio.run(serve(settings.listen, scraper))
+        asyncio.run(serve(settings.listen, scraper, web_config))
     except ListenError as error:
         _fail(_stop(str(error)), 1)
     except KeyboardInterrupt:

@@ -12,8 +12,9 @@ import signal
 import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
@@ -25,9 +26,11 @@ from shoal.families import Family, Metric
 from shoal.kernel.files import Reason
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Callable
 
     from shoal.scrape import Scraper
+    from shoal.web_config import WebConfig
 
 __all__ = ["BUILD_INFO", "WORKERS", "ListenError", "Metrics", "application", "catalogue", "serve"]
 
@@ -58,6 +61,12 @@ _LONGEST_TIMEOUT = 120.0
 _LAST_ANSWERS = 0.5
 # An exporter that watches listen queues should not overflow its own when many ask at once.
 _BACKLOG = 1024
+# Seconds that a client has for the handshake of TLS, and for its end.
+_HANDSHAKE = 10.0
+_GOODBYE = 0.5
+
+# What a probe asks for, which has no password.
+_PROBES = frozenset({"/-/healthy", "/-/ready"})
 
 _TEXT = "text/plain; version=0.0.4; charset=utf-8"
 _OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
@@ -66,7 +75,10 @@ _QUALITY = re.compile(r";\s*q=([01](?:\.\d*)?)")
 
 def catalogue() -> dict[str, Metric]:
     """Return every `shoal_` metric that the exporter can export, by name. Imports all collectors."""
-    return collectors.catalogue() | {metric.name: metric for metric in (*scrape.METRICS, BUILD_INFO)}
+    from shoal import web_config  # noqa: PLC0415  (most exporters run without)
+
+    own = (*scrape.METRICS, *web_config.METRICS, BUILD_INFO)
+    return collectors.catalogue() | {metric.name: metric for metric in own}
 
 
 class ListenError(Exception):
@@ -87,9 +99,10 @@ class _Request:
 class Metrics:
     """Answers /metrics: the collectors' families and the exporter's own, rendered in a worker thread."""
 
-    def __init__(self, scraper: Scraper) -> None:
-        """Answer from this scraper."""
+    def __init__(self, scraper: Scraper, more: Callable[[], list[Family]] = list) -> None:
+        """Answer from this scraper, with the exporter's own families that `more` returns."""
         self._scraper = scraper
+        self._more = more
         self._answers: dict[_Request, asyncio.Task[bytes]] = {}
 
     async def handle(self, request: web.Request) -> web.Response:
@@ -127,7 +140,7 @@ class Metrics:
 
     async def _answer(self, wanted: _Request) -> bytes:
         families = await self._scraper.scrape(wanted.collectors, wanted.timeout)
-        families.append(_build_info())
+        families += [*self._more(), _build_info()]
         return await asyncio.to_thread(self._body, families, wanted)
 
     def _body(self, families: list[Family], wanted: _Request) -> bytes:
@@ -224,15 +237,22 @@ td, th {{ border-bottom: 1px solid #ccc; padding: .3em 1em .3em 0; text-align: l
 """
 
 
-def application(scraper: Scraper) -> web.Application:
-    """Return the application that answers from this scraper."""
+def application(scraper: Scraper, web_config: WebConfig | None = None) -> web.Application:
+    """Return the application that answers from this scraper, to those whom the web configuration lets in."""
     app = web.Application()
+    metrics = Metrics(scraper)
+    if web_config:
+        from shoal.web_auth import Guard  # noqa: PLC0415  (most exporters run without)
+
+        guard = Guard(web_config, _PROBES)
+        app.middlewares.append(guard.middleware)
+        app.on_response_prepare.append(guard.prepare)
+        metrics = Metrics(scraper, web_config.families)
     app.add_routes(
         [
             web.get("/", _Index(scraper).handle),
-            web.get("/metrics", Metrics(scraper).handle),
-            web.get("/-/healthy", _ok),
-            web.get("/-/ready", _ok),
+            web.get("/metrics", metrics.handle),
+            *(web.get(path, _ok) for path in sorted(_PROBES)),
         ]
     )
     return app
@@ -246,7 +266,7 @@ class _Workers(ThreadPoolExecutor):
         super().shutdown(wait=False, cancel_futures=True)
 
 
-async def serve(listen: tuple[str, int], scraper: Scraper) -> None:
+async def serve(listen: tuple[str, int], scraper: Scraper, web_config: WebConfig | None = None) -> None:
     """Serve until SIGTERM or SIGINT. Raises `ListenError` when the address cannot be had."""
     loop = asyncio.get_running_loop()
     # A thread for each collector, so that one that hangs takes none from the others, and some to render.
@@ -254,25 +274,68 @@ async def serve(listen: tuple[str, int], scraper: Scraper) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    runner = web.AppRunner(application(scraper), access_log=None, shutdown_timeout=_LAST_ANSWERS)
+    runner = web.AppRunner(application(scraper, web_config), access_log=None, shutdown_timeout=_LAST_ANSWERS)
     await runner.setup()
+    listener = _Listener(runner)
     try:
-        await _listen(runner, *listen)
+        await _listen(listener, *listen, web_config.current.tls if web_config else None)
         # One log line per socket: an empty host listens on IPv4 and IPv6.
-        for host, port, *_ in runner.addresses:
+        for host, port, *_ in listener.addresses:
             logger.info("listening", extra={"address": _joined(host, port), "collectors": ",".join(scraper.collectors)})
-        starting = asyncio.create_task(scraper.start())
+        started = [asyncio.create_task(scraper.start())]
+        if web_config:
+            started.append(asyncio.create_task(web_config.watch(listener.use)))
         await stop.wait()
-        starting.cancel()
+        for task in started:
+            task.cancel()
         logger.info("stopping")
     finally:
         await scraper.stop()
+        listener.close()
         await runner.cleanup()
 
 
-async def _listen(runner: web.AppRunner, host: str, port: int) -> None:
+class _Listener:
+    """The sockets that are listened on. They can be given other TLS without being closed."""
+
+    def __init__(self, runner: web.AppRunner) -> None:
+        self._runner = runner
+        self._servers: list[asyncio.Server] = []
+
+    @property
+    def addresses(self) -> list[tuple[Any, ...]]:
+        return [one.getsockname() for server in self._servers for one in server.sockets]
+
+    async def open(self, host: str, port: int, tls: ssl.SSLContext | None) -> None:
+        self._servers = [await self._serve(tls, host=host or None, port=port)]
+
+    async def use(self, tls: ssl.SSLContext | None) -> None:
+        """Use this for connections from now on, those included that wait. Raises `OSError`, with nothing changed."""
+        old = self._servers
+        with ExitStack() as undo:
+            sockets = [undo.enter_context(one.dup()) for server in old for one in server.sockets]
+            self._servers = [await self._serve(tls, sock=one) for one in sockets]
+            undo.pop_all()
+        _close(old)
+
+    def close(self) -> None:
+        _close(self._servers)
+
+    async def _serve(self, tls: ssl.SSLContext | None, **where: Any) -> asyncio.Server:  # noqa: ANN401  (of asyncio)
+        if tls:
+            where |= {"ssl": tls, "ssl_handshake_timeout": _HANDSHAKE, "ssl_shutdown_timeout": _GOODBYE}
+        server = cast(web.Server, self._runner.server)
+        return await asyncio.get_running_loop().create_server(server, backlog=_BACKLOG, **where)
+
+
+def _close(servers: list[asyncio.Server]) -> None:
+    for server in servers:
+        server.close()
+
+
+async def _listen(listener: _Listener, host: str, port: int, tls: ssl.SSLContext | None) -> None:
     try:
-        await web.TCPSite(runner, host or None, port, backlog=_BACKLOG).start()
+        await listener.open(host, port, tls)
     except (OSError, UnicodeError) as error:
         if isinstance(error, UnicodeError):
             reason = "that is no host name"

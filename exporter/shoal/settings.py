@@ -32,6 +32,8 @@ class Settings:
 
     listen: tuple[str, int]
     """Host and port to listen on; an empty host means all addresses."""
+    web_config_file: str
+    """The file with TLS and passwords, read by `web_config`; "" for none."""
     roots: Roots
     collectors: tuple[str, ...]
     """The names of the enabled collectors, sorted."""
@@ -164,6 +166,13 @@ OPTIONS: tuple[Option, ...] = (
         "HOST:PORT",
         "Address to serve on; :7462 is all addresses of this machine.",
         _address,
+    ),
+    Option(
+        "web.config.file",
+        "",
+        "FILE",
+        "YAML file with TLS, passwords and response headers, as other exporters have it; docs/web-config.md.",
+        _text,
     ),
     Option("path.procfs", "/proc", "DIR", "Where proc is mounted; the host's, in a container.", _procfs),
     Option("path.sysfs", "/sys", "DIR", "Where sys is mounted; the host's, in a container.", _directory),
@@ -329,6 +338,7 @@ def resolve(flags: Mapping[str, str], environ: Mapping[str, str] | None = None) 
         raise SettingsError("every collector is switched off; leave at least one on")
     return Settings(
         listen=values["web.listen-address"],
+        web_config_file=values["web.config.file"],
         roots=Roots(values["path.procfs"], values["path.sysfs"], values["path.rootfs"]),
         collectors=collectors,
         enter_namespaces=values["netns.enter"],

@@ -219,7 +219,7 @@ def test_it_imports_what_is_enabled(start_exporter: StartExporter) -> None:
     assert exporter.process.stdout is not None
     modules = set(exporter.process.stdout.read().decode().split())
     assert {module for module in modules if module.startswith("shoal.collectors.")} == {"shoal.collectors.pressure"}
-    assert not {"yaml", "redis", "pyroute2", "psutil"} & modules
+    assert not {"yaml", "redis", "pyroute2", "psutil", "bcrypt", "shoal.web_config", "shoal.web_auth"} & modules
 
 
 def test_help_and_version_load_no_server(run: Run) -> None:
