@@ -71,6 +71,7 @@ class Guard:
         config = self._config.current
         response.headers.update(config.headers)
         if request.transport and request.transport.get_extra_info("sslcontext") is not config.tls:
+            response.headers[hdrs.CONNECTION] = "close"
             response.force_close()
 
 
