@@ -64,6 +64,9 @@ _BACKLOG = 1024
 # Seconds that a client has for the handshake of TLS, and for its end.
 _HANDSHAKE = 10.0
 _GOODBYE = 0.5
+# Seconds that a client has to send the headers of a request, counted from its last answer, so it is also how long it
+# may keep an idle connection: an hour by default, and each costs a descriptor. Prometheus asks once a minute or oftener.
+_IDLE = 75.0
 
 # What a probe asks for, which has no password.
 _PROBES = frozenset({"/-/healthy", "/-/ready"})
@@ -274,7 +277,9 @@ async def serve(listen: tuple[str, int], scraper: Scraper, web_config: WebConfig
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    runner = web.AppRunner(application(scraper, web_config), access_log=None, shutdown_timeout=_LAST_ANSWERS)
+    runner = web.AppRunner(
+        application(scraper, web_config), access_log=None, shutdown_timeout=_LAST_ANSWERS, keepalive_timeout=_IDLE
+    )
     await runner.setup()
     listener = _Listener(runner)
     try:

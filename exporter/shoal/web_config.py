@@ -395,17 +395,20 @@ def _certificate(context: ssl.SSLContext, cert: tuple[str, bytes], key: tuple[st
     def no_password() -> str:
         raise _WrongError(f"{key[0]} is encrypted, and there is nobody to ask for its password")
 
-    # Python's ssl reads files only, so these are some, in memory.
-    with _in_memory(cert[1]) as cert_file, _in_memory(key[1]) as key_file:
-        try:
+    try:
+        # Python's ssl reads files only, so these are some, in memory.
+        with _in_memory(cert[1]) as cert_file, _in_memory(key[1]) as key_file:
             context.load_cert_chain(cert_file, key_file, password=no_password)
-        except ssl.SSLError as error:
-            if error.reason == "KEY_VALUES_MISMATCH":
-                raise _WrongError(f"{key[0]} is not the key of {cert[0]}") from None
-            # OpenSSL does not say which of the two it could not read.
-            if _has_certificate(cert[1]):
-                raise _WrongError(f"{key[0]} should be a private key in PEM format{_why(error)}") from None
-            raise _WrongError(f"{cert[0]} should be a certificate in PEM format{_why(error)}") from None
+    except ssl.SSLError as error:
+        if error.reason == "KEY_VALUES_MISMATCH":
+            raise _WrongError(f"{key[0]} is not the key of {cert[0]}") from None
+        # OpenSSL does not say which of the two it could not read.
+        if _has_certificate(cert[1]):
+            raise _WrongError(f"{key[0]} should be a private key in PEM format{_why(error)}") from None
+        raise _WrongError(f"{cert[0]} should be a certificate in PEM format{_why(error)}") from None
+    except OSError as error:
+        # Without memfd_create, or without a /proc of this process's own.
+        raise _WrongError(f"{cert[0]} cannot be given to OpenSSL by /proc/self/fd: {error.strerror}") from None
 
 
 @contextmanager
