@@ -65,7 +65,7 @@ _BACKLOG = 1024
 _HANDSHAKE = 10.0
 _GOODBYE = 0.5
 # Seconds that a client has to send the headers of a request, counted from its last answer, so it is also how long it
-# may keep an idle connection: an hour by default, and each costs a descriptor. Prometheus asks once a minute or oftener.
+# may keep an idle connection: an hour by default, and each costs a descriptor. Prometheus asks once a minute, or more.
 _IDLE = 75.0
 
 # What a probe asks for, which has no password.
