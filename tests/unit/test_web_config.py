@@ -405,6 +405,7 @@ BAD: list[tuple[str, str, bool]] = [
         "http_server_config.headers.X-XSS-Protection should be one line of ASCII characters",
         False,
     ),
+    ("hidden as it is: x", "there is no key in line 1; there are tls_server_config, ", True),
     ("rate_limit: {burst: 1}", "there is no key rate_limit; there are tls_server_config, ", True),
 ]
 
