@@ -42,27 +42,43 @@ variable, the variable over the file. --no-collector.NAME is collector.NAME fals
 
 Look at http://127.0.0.1:7462/ to see which signals this node gives, and why
 others are absent.
+
+    shoal-exporter check     what is wrong with this node, now (check --help)
+    shoal-exporter explain   the runbook of a failure or an alert
+"""
+
+_CHECK = """\
+Goes through the fourteen failures and says which of them this node has now, whom
+it hits, what proves it and what to do first. Reads twice and compares.
+"""
+
+_CHECK_EPILOG = """\
+Where this node's own kernel is read, the options of the exporter count too (see
+shoal-exporter --help); --netns.enter and --redis.discover are true here unless
+they are given.
+Exit status: 0 nothing is wrong, 1 a warning, 2 critical, 3 nothing can be told.
 """
 
 
 class _Parser(argparse.ArgumentParser):
-    def parse(self, arguments: Sequence[str] | None) -> dict[str, str]:
-        """Return {key: text} of the flags that are given."""
-        flags, unknown = self.parse_known_args(arguments)
+    def parse(self, arguments: Sequence[str]) -> tuple[dict[str, str], argparse.Namespace]:
+        """Return {key: text} of the exporter's options, whose keys have a dot, and everything that was parsed."""
+        parsed, unknown = self.parse_known_args(arguments)
         if unknown:
             flag = unknown[0].partition("=")[0]
             self.error(f"{flag} is no option{closest(flag, list(self._option_string_actions))}")
-        return {key: ",".join(text) if isinstance(text, list) else text for key, text in vars(flags).items()}
+        flags = {key: text for key, text in vars(parsed).items() if "." in key}
+        return {key: ",".join(text) if isinstance(text, list) else text for key, text in flags.items()}, parsed
 
     def error(self, message: str) -> NoReturn:
         """Say what was wrong in one sentence and where to look; the usage of every flag would bury it."""
         message = message.removeprefix("argument ").replace(": ignored explicit argument", " takes no value, got")
-        _fail(f"{_stop(message)} See {self.prog} --help.", 2)
+        _fail(f"{_stop(message)} See {self.prog} --help.", 3 if self.prog.endswith(" check") else 2)
 
     def format_help(self) -> str:
         """Describe the collectors by the first line of their own files, which are imported only for this."""
         for action in self._actions:
-            if action.option_strings[0].startswith("--collector."):
+            if action.option_strings[0].startswith("--collector.") and action.help is not argparse.SUPPRESS:
                 module = sys.modules[load(action.dest.removeprefix("collector.")).__module__]
                 line = str(module.__doc__).partition("\n")[0].partition(": ")[2]
                 action.help = line[:1].upper() + line[1:].replace("%", "%%")
@@ -78,30 +94,40 @@ def _fail(message: str, status: int) -> NoReturn:
     raise SystemExit(status)
 
 
-def _parser() -> _Parser:
+def _parser(prog: str = "shoal-exporter", description: str = _DESCRIPTION, epilog: str = _EPILOG) -> _Parser:
     parser = _Parser(
-        prog="shoal-exporter",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
+        prog=prog,
+        description=description,
+        epilog=epilog,
         allow_abbrev=False,
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=34),
         argument_default=argparse.SUPPRESS,
-        usage="shoal-exporter [OPTION ...]",
+        usage=f"{prog} [OPTION ...]",
     )
     parser.add_argument("--version", action="version", version=f"shoal-exporter {__version__}")
+    return parser
+
+
+def _add_options(parser: _Parser, *, shown: bool = True) -> _Parser:
     collectors = parser.add_argument_group("collectors, all on unless --no-collector.NAME switches one off")
     for option in OPTIONS:
         flag = f"--{option.key}"
         if option.key.startswith("collector."):
-            collectors.add_argument(flag, action="store_const", const="true", dest=option.key)
+            # What stands for this help is found when it is asked for; see format_help.
+            described = None if shown else argparse.SUPPRESS
+            collectors.add_argument(flag, action="store_const", const="true", dest=option.key, help=described)
             collectors.add_argument(
                 f"--no-{option.key}", action="store_const", const="false", dest=option.key, help=argparse.SUPPRESS
             )
         else:
-            shown = f"{option.help} Default: {option.default}" if option.default else option.help
-            action = "append" if option.repeatable else "store"
-            shown = shown.replace("%", "%%")
-            parser.add_argument(flag, action=action, dest=option.key, metavar=option.metavar, help=shown)
+            text = f"{option.help} Default: {option.default}" if option.default else option.help
+            parser.add_argument(
+                flag,
+                action="append" if option.repeatable else "store",
+                dest=option.key,
+                metavar=option.metavar,
+                help=text.replace("%", "%%") if shown else argparse.SUPPRESS,
+            )
     return parser
 
 
@@ -110,7 +136,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0 after it was told to stop, 1 when it could not serve, 2 when an argument or a setting is wrong.
     """
-    flags = _parser().parse(arguments)
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments[:1] in (["check"], ["explain"]):
+        return _subcommand(arguments[0], arguments[1:])
+    flags, _ = _add_options(_parser()).parse(arguments)
     try:
         settings = resolve(flags)
         configure(settings.log_level, settings.log_format)
@@ -119,6 +148,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _fail(_stop(str(error)), 2)
     _end_without_hanging_threads(status)
     return status
+
+
+def _subcommand(name: str, arguments: Sequence[str]) -> int:
+    """Run `check` or `explain`. A wrong argument is status 3, as monitoring plugins have it: 2 would say critical."""
+    # Imported here: an exporter that serves needs nothing of it.
+    from shoal.check import command  # noqa: PLC0415
+
+    try:
+        if name == "explain":
+            return command.explain(arguments)
+        parser = _add_options(_parser("shoal-exporter check", _CHECK, _CHECK_EPILOG), shown=False)
+        command.add_arguments(parser)
+        flags, own = parser.parse(arguments)
+        settings = None if own.sources else resolve(command.DEFAULTS | flags)
+        configure("error", "logfmt")
+        return command.check(own, settings)
+    except (SettingsError, command.UsageError) as error:
+        _fail(_stop(str(error)), 3)
 
 
 def _run(settings: Settings) -> int:

@@ -1,0 +1,303 @@
+"""The subcommands `check` and `explain` as a person runs them: the process, its output, its exit status."""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from shoal.check import runbooks
+from shoal.check.alerts import ALERTS
+from shoal.check.failures import FAILURES
+from shoal.check.report import compare, judge, render
+from shoal.check.snapshot import Pair, parse
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from tests.unit.conftest import StartExporter
+
+AVAILABLE = "".join(
+    f'shoal_signal_available{{signal="{signal}"}} 1\n'
+    for signal in sorted({signal for failure in FAILURES for signal in failure.signals})
+)
+BUILD = 'shoal_build_info{version="9.9.9"} 1\n'
+
+
+@pytest.fixture
+def run(clean_environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Return a function that runs the command to its end."""
+
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "shoal", *arguments]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=60, env=clean_environment | environment
+        )
+        assert "Traceback" not in done.stderr + done.stdout
+        return done
+
+    return run
+
+
+@pytest.fixture
+def node() -> Iterator[Callable[..., str]]:
+    """Return a function that serves answers in turn, the last one for ever, and returns the address."""
+    servers: list[http.server.HTTPServer] = []
+
+    def serve(*answers: str, status: int = 200) -> str:
+        left = list(answers)
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                body = (left.pop(0) if len(left) > 1 else left[0]).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                with contextlib.suppress(OSError):
+                    self.wfile.write(body)
+
+            def log_message(self, *_arguments: object) -> None:
+                """Say nothing."""
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{server.server_address[1]}"
+
+    yield serve
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def overflow(count: int) -> str:
+    """Return the scrape of a node on which so many connections were refused."""
+    return f'{BUILD}{AVAILABLE}shoal_listen_queue_overflows_total{{netns="host"}} {count}\n'
+
+
+def test_this_node(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    """Each of the fourteen has a line and a verdict, whatever this machine is, soon after the interval."""
+    began = time.monotonic()
+    done = run("check", "--interval=1")
+    assert time.monotonic() - began < 20
+    for failure in FAILURES:
+        assert re.search(
+            rf"^(ok|warning|critical|cannot tell) .*{re.escape(failure.title[:20])}", done.stdout, re.MULTILINE
+        )
+    assert done.returncode in (0, 1, 2)
+    assert "\033" not in done.stdout
+    assert not done.stderr
+
+
+def test_a_running_exporter(
+    start_exporter: StartExporter, run: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    """From afar, with the address that Prometheus has; the same fourteen, as JSON."""
+    exporter = start_exporter()
+    done = run("check", f"--from={exporter.url}", "--interval=1", "--json")
+    document = json.loads(done.stdout)
+    assert document["version"] == 1
+    assert document["failed"] == {}
+    assert [one["number"] for one in sorted(document["nodes"][0]["failures"], key=lambda one: one["number"])] == list(
+        range(1, 15)
+    )
+    assert {"why", "findings", "status", "title", "name", "number"} == document["nodes"][0]["failures"][0].keys()
+
+
+def test_a_failure_far_away(node: Callable[..., str], run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    """Worst first: the verdict, the proof, a command to paste, the first step, the runbook; status 2."""
+    done = run("check", f"--from={node(overflow(5), overflow(25))}", "--interval=1")
+    assert done.returncode == 2
+    lines = done.stdout.splitlines()
+    assert lines[1].startswith("critical    Listen queues overflow")
+    assert "20 connections refused" in done.stdout
+    assert "network namespace host" in done.stdout
+    assert "$ nsenter" in done.stdout
+    assert "First: " in done.stdout
+    assert "explain ShoalListenQueueOverflow" in done.stdout
+    assert lines[-1] == "1 critical, 13 ok."
+
+
+def test_all_is_well(node: Callable[..., str], run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    """Status 0 and fourteen lines of ok."""
+    done = run("check", f"--from={node(overflow(5))}", "--interval=1")
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[-1] == "14 ok."
+
+
+def test_nodes_are_compared(
+    node: Callable[..., str], run: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    """From a file of addresses: which differ, and in what; one that is gone is said and costs the others nothing."""
+    ill, well = node(overflow(5), overflow(25)), node(overflow(5))
+    names = tmp_path / "nodes"
+    names.write_text(f"# two nodes\n{ill}\n\n{well} # fine\n")
+    done = run("check", f"--from={names}", "--interval=1")
+    assert done.returncode == 2
+    assert (
+        f"Listen queues overflow (listen-queue) differs:\n    critical:\n        {ill}\n    ok:\n        {well}"
+        in done.stdout
+    )
+    gone = run("check", f"--from={well}", "--from=127.0.0.1:1", "--interval=1")
+    assert gone.returncode == 3
+    assert "127.0.0.1:1 cannot be reached: Connection refused." in gone.stderr
+    assert "14 ok." in gone.stdout
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "sentence"),
+    [
+        ("<html>hello</html>", 200, "is not Prometheus' text format"),
+        ("up 1\n", 200, "no Shoal exporter"),
+        ("no", 401, "give --user"),
+        ("no", 503, "answered 503"),
+    ],
+)
+def test_what_is_no_exporter(
+    answer: str,
+    status: int,
+    sentence: str,
+    node: Callable[..., str],
+    run: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    """One sentence with the address, status 3."""
+    done = run("check", f"--from={node(answer, status=status)}", "--interval=1")
+    assert done.returncode == 3
+    assert sentence in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("check", "--interval=0"), "not a number of seconds from 1 to 3600"),
+        (("check", "--interval=soon"), "not a number of seconds"),
+        (("check", "--from=ftp://node"), "is no address such as"),
+        (("check", "--from=http://:7462"), "is no address such as"),
+        (("check", "--from=http://node:port"), "is no address such as"),
+        (("check", "--intervall=3"), "did you mean --interval?"),
+        (("check", "--cacert=/nonexistent", "--from=https://127.0.0.1:1"), "cannot be used for TLS"),
+        (("check", "--path.procfs=/etc"), "--path.procfs is '/etc'"),
+        (("explain", "listen-que"), "did you mean listen-queue?"),
+        (("explain", "nothing-like-it"), "there is no failure 'nothing-like-it'"),
+    ],
+)
+def test_wrong_arguments(
+    arguments: tuple[str, ...], sentence: str, run: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    """One sentence and status 3, for 2 would say that something is critical."""
+    done = run(*arguments)
+    assert done.returncode == 3
+    assert sentence in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_older_exporter(node: Callable[..., str], run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    """What it does not have cannot be told, and it is said that it does not have it."""
+    done = run("check", f"--from={node(BUILD)}", "--interval=1")
+    assert done.returncode == 3
+    assert "this exporter, 9.9.9, has no listen_queue_namespaces" in " ".join(done.stdout.split())
+
+
+def test_a_password_is_sent_and_never_shown(
+    node: Callable[..., str], run: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    """It comes from the environment, not from the arguments, which everyone on the machine can read."""
+    done = run("check", f"--from={node('no', status=403)}", "--interval=1", "--user=ann", SHOAL_CHECK_PASSWORD="s3cret")  # noqa: S106
+    assert done.returncode == 3
+    assert "s3cret" not in done.stdout + done.stderr
+
+
+def test_a_pipe_that_closes(node: Callable[..., str], clean_environment: dict[str, str]) -> None:
+    """`check | head -1` ends without a complaint."""
+    command = f"{sys.executable} -m shoal check --interval=1 --from={node(overflow(5), overflow(25))} | true"
+    done = subprocess.run(
+        ["sh", "-c", command], capture_output=True, text=True, check=False, timeout=60, env=clean_environment
+    )
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_no_line_is_too_wide(columns: int) -> None:
+    """But for commands, which are to be pasted."""
+    pair = Pair(parse(overflow(5), 0.0), parse(overflow(25), 5.0))
+    text = render("node", judge(pair), seconds=5.0, width=columns, colour=False)
+    wide = [line for line in text.splitlines() if len(line) > min(columns, 100) and not line.startswith("    $ ")]
+    assert not wide
+
+
+def test_a_terminal_gets_colours_and_progress(node: Callable[..., str], clean_environment: dict[str, str]) -> None:
+    """Colours where a person looks, a line while it waits that is taken back, nothing of it with NO_COLOR."""
+    seen = {}
+    for environment in ({}, {"NO_COLOR": "1"}):
+        leader, follower = pty.openpty()
+        command = [sys.executable, "-m", "shoal", "check", "--interval=1", f"--from={node(overflow(5), overflow(25))}"]
+        with subprocess.Popen(
+            command, stdout=follower, stderr=follower, env=clean_environment | environment | {"COLUMNS": "80"}
+        ):
+            os.close(follower)
+            data = b""
+            with contextlib.suppress(OSError):
+                while piece := os.read(leader, 65536):
+                    data += piece
+        os.close(leader)
+        seen[bool(environment)] = data.decode()
+    assert "\033[1;31mcritical" in seen[False]
+    assert "\033[1;31m" not in seen[True]
+    assert "scraping twice, 1 s apart" in seen[False]
+
+
+def test_watch_goes_on_until_it_is_told(node: Callable[..., str], clean_environment: dict[str, str]) -> None:
+    """A document a line, each from the last interval; Ctrl-C ends it with the last status and no complaint."""
+    command = [sys.executable, "-m", "shoal", "check", "--interval=1", "--watch", "--json"]
+    command.append(f"--from={node(overflow(5), overflow(25), overflow(25), overflow(25))}")
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean_environment
+    ) as process:
+        assert process.stdout
+        assert process.stderr
+        documents = [json.loads(process.stdout.readline()) for _ in range(2)]
+        process.send_signal(2)
+        process.wait(timeout=20)
+        assert process.stderr.read() == ""
+    assert [one["nodes"][0]["status"] for one in documents] == ["critical", "ok"]
+
+
+def test_all_nodes_agree() -> None:
+    """Which is said, and not an empty answer."""
+    verdicts = judge(Pair(parse(overflow(5), 0.0), parse(overflow(5), 5.0)))
+    assert compare({"a": verdicts, "b": verdicts}, width=80, colour=False) == "All nodes agree in everything.\n"
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: failure.name)
+def test_explain(failure: object, run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    """By name and by number the same pages, which begin with the worst alert's."""
+    by_name, by_number = run("explain", failure.name), run("explain", str(failure.number))  # type: ignore[attr-defined]
+    assert by_name.returncode == 0
+    assert by_name.stdout == by_number.stdout
+    assert by_name.stdout.startswith(f"# {failure.alerts[0]}\n")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("alert", sorted(ALERTS))
+def test_every_alert_has_commands_and_a_first_step(alert: str) -> None:
+    """They come from the runbook, so it has to have them where they are looked for."""
+    assert runbooks.confirm(alert)
+    assert runbooks.first_step(alert)
+    assert runbooks.url(alert).endswith(f"/rules/runbooks/{alert}.md")
+
+
+def test_the_runbooks_are_those_of_the_rules() -> None:
+    """Linked, not copied."""
+    packed = Path(runbooks.__file__).parents[1] / "runbooks"
+    assert packed.resolve() == Path(__file__).parents[3] / "rules" / "runbooks"
