@@ -93,7 +93,15 @@ def recorded() -> dict[str, str]:
 def exported() -> dict[str, set[str]]:
     """Return the label names of every metric that the exporter can export, by name."""
     metrics = [*catalogue().values(), SUCCESS, DURATION, BUILD_INFO]
-    return {metric.name: set(metric.labels) for metric in metrics}
+    series: dict[str, set[str]] = {}
+    for metric in metrics:
+        labels = set(metric.labels)
+        if metric.type == "histogram":
+            without = labels - {"le"}
+            series |= {f"{metric.name}_bucket": labels, f"{metric.name}_count": without, f"{metric.name}_sum": without}
+        else:
+            series[metric.name] = labels
+    return series
 
 
 def selectors(expression: Any) -> Iterator[promql_parser.VectorSelector]:
