@@ -14,13 +14,14 @@ from shoal.check.alerts import ALERTS
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-RULES = {
-    rule["alert"]: rule
+EVERY = [
+    rule
     for file in (Path(__file__).parents[2] / "rules").glob("*.yaml")
     for group in yaml.safe_load(file.read_text(encoding="utf-8"))["groups"]
     for rule in group["rules"]
-    if "alert" in rule
-}
+]
+RULES = {rule["alert"]: rule for rule in EVERY if "alert" in rule}
+RECORDED = {rule["record"]: rule["expr"] for rule in EVERY if "record" in rule}
 
 
 def comparisons(expression: Any) -> Iterator[tuple[str, float]]:
@@ -40,8 +41,11 @@ def comparisons(expression: Any) -> Iterator[tuple[str, float]]:
 
 
 def series(expression: Any) -> Iterator[str]:
-    """Yield the names of the series in an expression that is no comparison."""
+    """Yield the names of the series in an expression."""
     match expression:
+        case promql_parser.BinaryExpr():
+            yield from series(expression.lhs)
+            yield from series(expression.rhs)
         case promql_parser.VectorSelector():
             yield expression.name or ""
         case promql_parser.MatrixSelector():
@@ -58,7 +62,12 @@ def test_thresholds_are_those_of_the_rule(alert: str) -> None:
     """The severity too, so that a rule that changes makes `check` change."""
     rule = RULES[alert]
     assert ALERTS[alert].status.name.lower() == rule["labels"]["severity"]
-    assert set(ALERTS[alert].thresholds.items()) <= set(comparisons(promql_parser.parse(rule["expr"])))
+    expression = promql_parser.parse(rule["expr"])
+    compared = set(comparisons(expression))
+    # What the alert compares may be compared already where it is recorded.
+    for name in set(series(expression)) & RECORDED.keys():
+        compared |= set(comparisons(promql_parser.parse(RECORDED[name])))
+    assert set(ALERTS[alert].thresholds.items()) <= compared
 
 
 def test_every_alert_that_hurts_is_checked() -> None:

@@ -49,25 +49,35 @@ _FEWEST_PINGS = 10
 
 def _disk_evidence(pair: Pair, server: Labels, slow: float) -> str:
     """Return what shows that a stall is the disk's doing and not a slow command's; "" if nothing does."""
+    alert = "ShoalRedisAofStall"
     held = pair.increase("shoal_redis_aof_delayed_fsync_total").get(server, 0)
-    if held > 0:
+    # A command that is slow on a busy disk meets one now and then, so one alone proves nothing.
+    if held >= _HELD_TWICE:
         return f"{held:.0f} writes were held up by a flush (aof_delayed_fsync)"
     before = pair.before.samples.get("shoal_redis_latency_event_last_seconds", {})
     for labels, value in pair.last("shoal_redis_latency_event_last_seconds").items():
         if labels.without("event") == server and labels["event"].startswith("aof-") and before.get(labels) != value:
             return f"the server's own latency monitor saw {labels['event']} of {value * 1000:.0f} ms"
     disks = {labels["device"] for labels in pair.last("shoal_redis_disk_info") if labels.without("device") == server}
-    flushing = pair.rate("shoal_disk_flush_seconds_total")
+    flushing, flushes = pair.rate("shoal_disk_flush_seconds_total"), pair.rate("shoal_disk_flushes_total")
+    most = 0.0
     for device in sorted(disks):
-        busy = flushing.get(Labels({"device": device}), 0)
-        if busy > slow / 2:
-            return f"its disk {device} was flushing for {percent(busy)} of the time"
+        label = Labels({"device": device})
+        busy, often = flushing.get(label, 0), flushes.get(label, 0)
+        most = max(most, often)
+        if busy > slow / 2 and busy > threshold(alert, "node:shoal_disk_flush_seconds_per_flush:ratio5m") * often:
+            return f"its disk {device} was flushing for {percent(busy)} of the time, {busy / often * 1000:.0f} ms each"
     waiting = pair.rate("shoal_pressure_some_seconds_total", resource="io").get(
         Labels(server.only(*OWNER).as_dict() | {"resource": "io"}), 0
     )
-    if waiting > max(slow / 2, threshold("ShoalRedisAofStall", "server:shoal_pressure_some_seconds:rate5m")):
+    # Many short waits are what `always` costs on a fast disk.
+    if waiting > max(slow / 2, threshold(alert, "server:shoal_pressure_some_seconds:rate5m"), _SHORT_WAIT * most):
         return f"its cgroup waited for I/O {percent(waiting)} of the time"
     return ""
+
+
+_HELD_TWICE = 2
+_SHORT_WAIT = 0.005
 
 
 def _rewrite_memory(pair: Pair) -> Iterator[Finding]:
@@ -80,7 +90,12 @@ def _rewrite_memory(pair: Pair) -> Iterator[Finding]:
     for labels, resident in pair.last("shoal_redis_used_memory_rss_bytes").items():
         limit, copied = limits.get(labels.only(*OWNER), 0), copies.get(labels, 0)
         needs = resident + copied
-        if limit and needs / limit > threshold(alert, "server:shoal_redis_rewrite_memory_per_effective_limit:ratio"):
+        # One that has never forked has nothing to predict by.
+        if (
+            copied
+            and limit
+            and needs / limit > threshold(alert, "server:shoal_redis_rewrite_memory_per_effective_limit:ratio")
+        ):
             yield Finding(
                 alert,
                 labels,

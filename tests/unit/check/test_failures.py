@@ -42,7 +42,7 @@ CASES: list[tuple[str, str, float, float]] = [
             'shoal_redis_aof_enabled{server="r"} 1 1\n'
             'shoal_redis_ping_duration_seconds_count{server="r"} 0 100\n'
             'shoal_redis_ping_duration_seconds_bucket{server="r",le="0.05"} 0 {}\n'
-            'shoal_redis_aof_delayed_fsync_total{server="r"} 0 1'
+            'shoal_redis_aof_delayed_fsync_total{server="r"} 0 2'
         ),
         98,
         99,
