@@ -20,7 +20,7 @@ from shoal.kernel.files import ParseError, Roots
 from shoal.kernel.namespaces import open_in_namespace
 from shoal.kernel.netlink.core import open_socket
 from shoal.kernel.netlink.ports import count_ports, filter_ports, read_port_use
-from shoal.kernel.port_range import parse_port_range, parse_reserved_ports, read_port_range
+from shoal.kernel.port_range import PortRange, parse_port_range, parse_reserved_ports, read_port_range
 from shoal.kernel.sockstat import parse_sockstat, read_tcp_sockets
 from shoal.settings import resolve
 
@@ -138,6 +138,7 @@ def test_ports_used_up_by_time_wait() -> None:
         found, reasons = scrape()
         labels = (two.client, "", "", "", "", "10.77.255.1", "10.77.0.2", "8080")
         assert found["shoal_ephemeral_ports_used"][labels] == len(witness) == 200
+        assert found["shoal_ephemeral_ports_time_wait"][labels] == 200
         assert found["shoal_ephemeral_ports_available"][labels] == 200
         assert found["shoal_tcp_time_wait_sockets"][two.client, "", "", "", ""] == 200
         # The server closed none of them and its port is its own: nothing of it is near an end.
@@ -156,6 +157,42 @@ def test_reserved_ports_are_not_available() -> None:
         found, _ = scrape()
         labels = (two.client, "", "", "", "", "10.77.255.1", "10.77.0.2", "8080")
         assert found["shoal_ephemeral_ports_used"][labels] == found["shoal_ephemeral_ports_available"][labels] == 150
+        assert found["shoal_ephemeral_ports_time_wait"][labels] == 0
+
+
+@pytest.mark.root
+def test_time_wait_that_may_be_taken_over_holds_no_port() -> None:
+    """With tcp_tw_reuse=1, twice as many connections as there are ports find one, and none counts as used."""
+    with pair(server="close") as two:
+        two.sysctl("net.ipv4.ip_local_port_range=40000 40199")
+        two.sysctl("net.ipv4.tcp_tw_reuse=1")
+        for expected in ("180 all", "180 all"):
+            _, said = two.start(two.client, CLIENT, "180", "close", *two.addresses)
+            assert said == expected
+            time.sleep(1.5)  # a second in TIME_WAIT is what the kernel wants
+        found, _ = scrape()
+        labels = (two.client, "", "", "", "", "10.77.255.1", "10.77.0.2", "8080")
+        assert found["shoal_tcp_time_wait_sockets"][two.client, "", "", "", ""] >= 180
+        assert found["shoal_ephemeral_ports_used"][labels] == found["shoal_ephemeral_ports_time_wait"][labels] == 0
+        two.sysctl("net.ipv4.tcp_timestamps=0")
+        found, _ = scrape()
+        assert found["shoal_ephemeral_ports_used"][labels] == found["shoal_ephemeral_ports_time_wait"][labels] >= 180
+
+
+@pytest.mark.root
+def test_time_wait_on_loopback_holds_no_port() -> None:
+    """The kernel's default is to take over ports in TIME_WAIT on loopback, and nowhere else."""
+    with pair(server="close") as two:
+        run("ip", "-n", two.server, "link", "set", "lo", "up")
+        run("ip", "netns", "exec", two.server, "sysctl", "-qw", "net.ipv4.ip_local_port_range=40000 40199")
+        assert run("ip", "netns", "exec", two.server, "sysctl", "-n", "net.ipv4.tcp_tw_reuse").strip() == "2"
+        for _ in range(2):
+            _, said = two.start(two.server, CLIENT, "180", "close", "127.0.0.1")
+            assert said == "180 all"
+            time.sleep(1.5)
+        found, _ = scrape()
+        assert found["shoal_tcp_time_wait_sockets"][two.server, "", "", "", ""] >= 180
+        assert found["shoal_ephemeral_ports_used"][two.server, "", "", "", "", "127.0.0.1", "127.0.0.1", "8080"] == 0
 
 
 @pytest.mark.root
@@ -208,8 +245,7 @@ def test_the_kernel_picks_the_ports_and_tells_the_owner() -> None:
 
         def count(low: int, high: int) -> int:
             use, _ = read_port_use(
-                low,
-                high,
+                PortRange(low, high, 0, 0),
                 (),
                 1,
                 opener=lambda subsystem: open_in_namespace("/proc", process.pid, lambda: open_socket(subsystem)),
@@ -221,8 +257,7 @@ def test_the_kernel_picks_the_ports_and_tells_the_owner() -> None:
         assert count(min(ports) + 1, max(ports)) == count(min(ports), max(ports) - 1) == 59
         assert count(1024, 39999) == 0
         use, tuples = read_port_use(
-            40000,
-            40063,
+            PortRange(40000, 40063, 0, 0),
             (),
             1,
             opener=lambda subsystem: open_in_namespace("/proc", process.pid, lambda: open_socket(subsystem)),
@@ -244,7 +279,7 @@ def test_arbitrary_messages_are_counted_or_refused(bodies: list[bytes]) -> None:
         counted = count_ports(bodies, ())
     except ParseError:
         return
-    assert sum(count for count, _ in counted.values()) == len(bodies)
+    assert sum(count for count, _, _ in counted.values()) == len(bodies)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -274,7 +309,10 @@ def test_port_range_and_reserved_ports(tmp_path: Path) -> None:
     (tmp_path / "sys/net/ipv4").mkdir(parents=True)
     (tmp_path / "sys/net/ipv4/ip_local_port_range").write_bytes(b"32768\t60999\n")
     (tmp_path / "sys/net/ipv4/ip_local_reserved_ports").write_bytes(b"8080,32000-32769,60999\n")
+    (tmp_path / "sys/net/ipv4/tcp_tw_reuse").write_bytes(b"2\n")
+    (tmp_path / "sys/net/ipv4/tcp_timestamps").write_bytes(b"1\n")
     ports = read_port_range(str(tmp_path))
+    assert ports.time_wait_reuse == 2
     assert (ports.low, ports.high, ports.available) == (32768, 60999, 28232 - 3)
     for data in (b"", b"1\n", b"2 1\n", b"1 2 3\n", b"1 99999\n", b"a b\n"):
         with pytest.raises(ParseError):

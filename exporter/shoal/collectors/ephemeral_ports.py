@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from shoal.collectors import Collector, register
 from shoal.families import Family, KeptSums, Metric
-from shoal.inventory import NETNS_LABELS, OWNER_LABELS, LabelledNamespace, Node
+from shoal.inventory import NETNS_LABELS, OWNER_LABELS, LabelledNamespace, Node, Owner
 from shoal.kernel.files import ParseError, Reason, Unavailable, Vanished
 from shoal.kernel.namespaces import open_in_namespace
 from shoal.kernel.netlink.core import Subsystem, open_socket
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["EphemeralPortsCollector"]
 
 _MOST = 10
+_Tuple = tuple[int, str, str, int]
+"""Namespace id, source, destination and its port."""
 _TUPLE_LABELS = ("netns", *OWNER_LABELS, "source", "destination", "destination_port")
 # Below this many sockets no useful range is in danger, so the namespace is not entered to learn its range.
 _WORTH_A_LOOK = 100
@@ -63,10 +65,17 @@ TIME_WAIT_OVERFLOWS = Metric(
 USED = Metric(
     "shoal_ephemeral_ports_used",
     "gauge",
-    "Local ports held from this source address to this destination, TIME_WAIT included; beyond "
-    "shoal_ephemeral_ports_available connect() fails with EADDRNOTAVAIL. The worst of each namespace that has enough "
-    f"sockets to matter, and the {_MOST} worst of all.",
+    "Local ports held from this source address to this destination, by TIME_WAIT too unless tcp_tw_reuse lets "
+    "connect() take those over; beyond shoal_ephemeral_ports_available connect() fails with EADDRNOTAVAIL. The worst "
+    f"of each namespace that has enough sockets to matter, and the {_MOST} worst of all.",
     "sock_diag, counted by idiag_src, idiag_dst and idiag_dport",
+    _TUPLE_LABELS,
+)
+USED_BY_TIME_WAIT = Metric(
+    "shoal_ephemeral_ports_time_wait",
+    "gauge",
+    "Those of shoal_ephemeral_ports_used that a connection in TIME_WAIT holds.",
+    "sock_diag idiag_state",
     _TUPLE_LABELS,
 )
 AVAILABLE = Metric(
@@ -105,13 +114,23 @@ class EphemeralPortsCollector(Collector):
     """
 
     name = "ephemeral_ports"
-    metrics: ClassVar = (IN_USE, TIME_WAIT, TIME_WAIT_LIMIT, TIME_WAIT_OVERFLOWS, USED, AVAILABLE, TUPLES_CUT)
+    metrics: ClassVar = (
+        IN_USE,
+        TIME_WAIT,
+        TIME_WAIT_LIMIT,
+        TIME_WAIT_OVERFLOWS,
+        USED,
+        USED_BY_TIME_WAIT,
+        AVAILABLE,
+        TUPLES_CUT,
+    )
     signals: ClassVar = ("ephemeral_ports_sockets", "ephemeral_ports_own", "ephemeral_ports_namespaces")
 
     def __init__(self, settings: Settings) -> None:
-        """Start with no sums to keep."""
+        """Start with no sums to keep and no owner known."""
         super().__init__(settings)
         self._overflows: KeptSums[tuple[str, ...]] = KeptSums()
+        self._owners: dict[_Tuple, Owner] = {}
 
     def read(self, node: Node) -> list[Family]:
         """Count the sockets of every namespace, then look into the crowded ones."""
@@ -138,7 +157,7 @@ class EphemeralPortsCollector(Collector):
             crowded += _look_into(node, others, sockets)
         absent = self.availability.absent
         if not absent["ephemeral_ports_own"] or not absent["ephemeral_ports_namespaces"]:
-            families += _tuples(node, crowded)
+            families += self._tuples(node, crowded)
         return families
 
     def _counts(self, node: Node, sockets: dict[int, TcpSockets]) -> list[Family]:
@@ -159,6 +178,31 @@ class EphemeralPortsCollector(Collector):
             Family(IN_USE, list(in_use.items())),
             Family(TIME_WAIT, list(time_wait.items())),
             Family(TIME_WAIT_OVERFLOWS, list(self._overflows.update(overflows).items())),
+        ]
+
+    def _tuples(self, node: Node, crowded: list[_Crowded]) -> list[Family]:
+        used: dict[tuple[str, ...], int] = {}
+        time_wait: dict[tuple[str, ...], int] = {}
+        available: dict[tuple[str, ...], int] = {}
+        owners: dict[_Tuple, Owner] = {}
+        rows = [(use, one, rank == 0) for one in crowded for rank, use in enumerate(one.worst)]
+        rows.sort(key=lambda row: row[0].used, reverse=True)
+        chosen = [row for index, row in enumerate(rows) if index < _MOST or row[2]]
+        for use, one, _ in reversed(chosen):
+            key = (one.namespace.id, use.source, use.destination, use.port)
+            owner = node.owner_of_socket(use.cgroup_id, one.namespace.labels)
+            # A socket in TIME_WAIT has no cgroup, so when all are, the owner is whose they were before.
+            owners[key] = self._owners.get(key, owner) if use.cgroup_id is None else owner
+            # Two nameless namespaces may hold the same tuple: the worse one, which comes last, stands for both.
+            labels = (one.namespace.labels[0], *owners[key].labels, use.source, use.destination, str(use.port))
+            used[labels], time_wait[labels], available[labels] = use.used, use.time_wait, one.ports.available
+        self._owners = owners
+        cut = sum(one.tuples for one in crowded) - len(used)
+        return [
+            Family(USED, list(used.items())),
+            Family(USED_BY_TIME_WAIT, list(time_wait.items())),
+            Family(AVAILABLE, list(available.items())),
+            Family(TUPLES_CUT, [((), cut)]),
         ]
 
 
@@ -188,7 +232,7 @@ def _enough(sockets: TcpSockets, ports: PortRange) -> bool:
 
 def _own(own: LabelledNamespace, ports: PortRange) -> _Crowded:
     servers = {listener.port for listener in read_listeners()}
-    worst, tuples = read_port_use(ports.low, ports.high, servers, _MOST)
+    worst, tuples = read_port_use(ports, servers, _MOST)
     return _Crowded(own, worst, tuples, ports)
 
 
@@ -215,28 +259,5 @@ def _enter(node: Node, space: LabelledNamespace, ports: PortRange) -> _Crowded:
         return open_in_namespace(node.roots.proc, space.pid, lambda: open_socket(subsystem))
 
     servers = {listener.port for listener in read_listeners(opener=inside)}
-    worst, tuples = read_port_use(ports.low, ports.high, servers, _MOST, opener=inside)
+    worst, tuples = read_port_use(ports, servers, _MOST, opener=inside)
     return _Crowded(space, worst, tuples, ports)
-
-
-def _tuples(node: Node, crowded: list[_Crowded]) -> list[Family]:
-    used: dict[tuple[str, ...], int] = {}
-    available: dict[tuple[str, ...], int] = {}
-    rows = [(use, one, rank == 0) for one in crowded for rank, use in enumerate(one.worst)]
-    rows.sort(key=lambda row: row[0].used, reverse=True)
-    chosen = [row for index, row in enumerate(rows) if index < _MOST or row[2]]
-    for use, one, _ in reversed(chosen):
-        # Two nameless namespaces may hold the same tuple: the worse one, which comes last, stands for both.
-        labels = _labels(node, one.namespace, use)
-        used[labels], available[labels] = use.used, one.ports.available
-    cut = sum(one.tuples for one in crowded) - len(used)
-    return [
-        Family(USED, list(used.items())),
-        Family(AVAILABLE, list(available.items())),
-        Family(TUPLES_CUT, [((), cut)]),
-    ]
-
-
-def _labels(node: Node, space: LabelledNamespace, use: PortUse) -> tuple[str, ...]:
-    owner = node.owner_of_socket(use.cgroup_id, space.labels)
-    return (space.labels[0], *owner.labels, use.source, use.destination, str(use.port))

@@ -1,10 +1,11 @@
-"""Which local ports the kernel hands out in the reader's network namespace: two sysctls below net.ipv4."""
+"""Which local ports the kernel hands out in the reader's network namespace: sysctls below net.ipv4."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from shoal.kernel.files import ParseError, lines, read
+from shoal.kernel.sysctls import read_sysctl
 
 __all__ = ["PortRange", "parse_port_range", "parse_reserved_ports", "read_port_range"]
 
@@ -18,6 +19,8 @@ class PortRange:
     low: int
     high: int
     available: int
+    time_wait_reuse: int
+    """Whether connect() may take over the port of a connection in TIME_WAIT: 0 no, 1 yes, 2 on loopback only."""
 
 
 def parse_port_range(data: bytes, file: str = "ip_local_port_range") -> tuple[int, int]:
@@ -52,4 +55,6 @@ def read_port_range(proc: str) -> PortRange:
     path = f"{proc}/sys/net/ipv4/ip_local_reserved_ports"
     reserved = parse_reserved_ports(read(path), path)
     taken = sum(max(0, min(last, high) - max(first, low) + 1) for first, last in reserved)
-    return PortRange(low, high, high - low + 1 - taken)
+    # The timestamps of the old connection are what tells its late packets from those of the new one.
+    reuse = read_sysctl(proc, "net/ipv4/tcp_tw_reuse") if read_sysctl(proc, "net/ipv4/tcp_timestamps") else 0
+    return PortRange(low, high, high - low + 1 - taken, reuse)

@@ -16,6 +16,8 @@ from shoal.kernel.netlink.core import NetlinkSocket, SocketOpener, Subsystem, at
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Iterator
 
+    from shoal.kernel.port_range import PortRange
+
 __all__ = ["PortUse", "count_ports", "filter_ports", "parse_port_use", "read_port_use"]
 
 _FILE: Final = "netlink SOCK_DIAG"
@@ -26,6 +28,9 @@ _INET_DIAG_CGROUP_ID: Final = 21
 # include/net/tcp_states.h: all but CLOSE (7), which has no port, and LISTEN (10), whose port is of its own choosing.
 _STATES: Final = 0xFFF & ~(1 << 0 | 1 << 7 | 1 << 10)
 _TIME_WAIT: Final = 6
+_ON_LOOPBACK: Final = 2
+# 127.0.0.0/8, ::1 and the former in IPv6, as the kernel writes them into 16 bytes.
+_LOOPBACK: Final = (b"\x7f", bytes(15) + b"\1", bytes(10) + b"\xff\xff\x7f")
 
 # struct inet_diag_req_v2, as in sock_diag.py, and struct nlattr
 _REQUEST: Final = struct.Struct("=BBxxI48x")
@@ -41,6 +46,8 @@ _MESSAGE_BYTES: Final = 72
 _STATE: Final = 1
 _SPORT: Final = slice(4, 6)
 _TUPLE: Final = slice(6, 40)
+_SOURCE: Final = slice(2, 18)
+_PEER: Final = slice(18, 34)
 _U16: Final = struct.Struct("=H")
 _U64: Final = struct.Struct("=Q")
 # A destination with fewer connections has not used up anything, and whose they are is not asked.
@@ -58,6 +65,8 @@ class PortUse:
     port: int
     """The destination's."""
     used: int
+    time_wait: int
+    """Those of the used that a connection in TIME_WAIT holds."""
     cgroup_id: int | None
     """The cgroup of one of the connections that are not in TIME_WAIT; None if none of them told (before 5.8)."""
 
@@ -75,13 +84,15 @@ def filter_ports(low: int, high: int) -> bytes:
     return _ATTRIBUTE.pack(_ATTRIBUTE.size + length, _INET_DIAG_REQ_BYTECODE) + program
 
 
-def count_ports(messages: Iterable[bytes], without: Container[bytes]) -> dict[bytes, tuple[int, int | None]]:
-    """Count struct inet_diag_msg by (destination port, source, destination): {those 34 bytes: (count, cgroup id)}.
+def count_ports(messages: Iterable[bytes], without: Container[bytes]) -> dict[bytes, tuple[int, int, int | None]]:
+    """Count struct inet_diag_msg by (destination port, source, destination).
 
-    `without` are local ports, as two bytes in network order, that are a server's and not handed out. Only the bytes of
-    the tuple are taken from each message, as there may be hundreds of thousands. Raises `ParseError`.
+    Returns {those 34 bytes: (count, those in TIME_WAIT, cgroup id)}. `without` are local ports, as two bytes in network
+    order, that are a server's and not handed out. Only the bytes of the tuple are taken from each message, as there may
+    be hundreds of thousands. Raises `ParseError`.
     """
     counts: dict[bytes, int] = {}
+    waiting: dict[bytes, int] = {}
     owners: dict[bytes, int] = {}
     for number, message in enumerate(messages, 1):
         if len(message) < _MESSAGE_BYTES:
@@ -90,43 +101,60 @@ def count_ports(messages: Iterable[bytes], without: Container[bytes]) -> dict[by
             continue
         key = message[_TUPLE]
         count = counts[key] = counts.get(key, 0) + 1
-        if count >= _WORTH_AN_OWNER and key not in owners and message[_STATE] != _TIME_WAIT:
+        if message[_STATE] == _TIME_WAIT:
+            waiting[key] = waiting.get(key, 0) + 1
+        elif count >= _WORTH_AN_OWNER and key not in owners:
             cgroup = attributes(message, _MESSAGE_BYTES, _FILE, number).get(_INET_DIAG_CGROUP_ID, b"")
             if len(cgroup) == _U64.size:
                 owners[key] = _U64.unpack(cgroup)[0]
-    return {key: (count, owners.get(key)) for key, count in counts.items()}
+    return {key: (count, waiting.get(key, 0), owners.get(key)) for key, count in counts.items()}
 
 
-def parse_port_use(family: int, key: bytes, used: int, cgroup_id: int | None) -> PortUse:
+def parse_port_use(family: int, key: bytes, used: int, time_wait: int, cgroup_id: int | None) -> PortUse:
     """Turn a tuple that was counted into what a person reads."""
     size = _ADDRESS_BYTES[family]
     source, destination = inet_ntop(family, key[2 : 2 + size]), inet_ntop(family, key[18 : 18 + size])
-    return PortUse(source, destination, ntohs(_U16.unpack_from(key)[0]), used, cgroup_id)
+    return PortUse(source, destination, ntohs(_U16.unpack_from(key)[0]), used, time_wait, cgroup_id)
+
+
+def _may_take_over(key: bytes, reuse: int) -> bool:
+    """Tell whether net.ipv4.tcp_tw_reuse lets connect() take over a port in TIME_WAIT (net/ipv4/tcp_ipv4.c, 4.19)."""
+    return reuse == 1 or (
+        reuse == _ON_LOOPBACK and (key[_SOURCE].startswith(_LOOPBACK) or key[_PEER].startswith(_LOOPBACK))
+    )
 
 
 def read_port_use(
-    low: int, high: int, servers: Iterable[int], most: int, *, opener: SocketOpener = open_socket
+    ports: PortRange, servers: Iterable[int], most: int, *, opener: SocketOpener = open_socket
 ) -> tuple[list[PortUse], int]:
-    """Return the `most` tuples that hold the most ports from `low` to `high`, and how many tuples there are in all.
+    """Return the `most` tuples that hold the most ports of the range, and how many tuples there are in all.
 
-    `servers` are local ports that something listens on. Of the network namespace that `opener` opens sockets in; the
-    kernel picks the ports. Raises `Unavailable` or `ParseError`.
+    `servers` are local ports that something listens on. A port in TIME_WAIT that connect() may take over is not held;
+    the kernel wants it to have been there for a second, of which nothing is known. Of the network namespace that
+    `opener` opens sockets in; the kernel picks the ports. Raises `Unavailable` or `ParseError`.
     """
     without = {_U16.pack(htons(port)) for port in servers}
 
-    def reduce(messages: Iterator[bytes]) -> dict[bytes, tuple[int, int | None]]:
+    def reduce(messages: Iterator[bytes]) -> dict[bytes, tuple[int, int, int | None]]:
         return count_ports(messages, without)
 
-    found: list[tuple[int, int, bytes, int | None]] = []
+    found: list[tuple[int, int, bytes, int, int | None]] = []
     with NetlinkSocket(Subsystem.SOCK_DIAG, opener=opener) as netlink:
         for family in (int(AF_INET), int(AF_INET6)):
-            request = _REQUEST.pack(family, IPPROTO_TCP, _STATES) + filter_ports(low, high)
+            request = _REQUEST.pack(family, IPPROTO_TCP, _STATES) + filter_ports(ports.low, ports.high)
             try:
                 counts = netlink.dump(_SOCK_DIAG_BY_FAMILY, request, reduce)
             except Unavailable as absent:
                 if family == AF_INET6 and absent.reason is Reason.NOT_IN_KERNEL:
                     continue
                 raise
-            found += [(used, family, key, cgroup) for key, (used, cgroup) in counts.items()]
+            for key, (used, time_wait, cgroup) in counts.items():
+                if time_wait and _may_take_over(key, ports.time_wait_reuse):
+                    found.append((used - time_wait, family, key, 0, cgroup))
+                else:
+                    found.append((used, family, key, time_wait, cgroup))
     found.sort(key=lambda row: row[0], reverse=True)
-    return [parse_port_use(family, key, used, cgroup) for used, family, key, cgroup in found[:most]], len(found)
+    worst = [
+        parse_port_use(family, key, used, time_wait, cgroup) for used, family, key, time_wait, cgroup in found[:most]
+    ]
+    return worst, len(found)
