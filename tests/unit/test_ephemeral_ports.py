@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.collectors import load
-from shoal.inventory import Node
+from shoal.inventory import Node, Owner
 from shoal.kernel.files import ParseError, Roots
 from shoal.kernel.namespaces import open_in_namespace
 from shoal.kernel.netlink.core import open_socket
@@ -45,6 +45,18 @@ except OSError as error:
     print(made, error.strerror, flush=True)
 else:
     print(made, "all", flush=True)
+time.sleep(60)
+"""
+# Hold COUNT connections to ADDRESS, and close them all when told to by SIGTERM.
+HOLDER = """
+import signal, socket, sys, time
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+kept = [socket.create_connection((sys.argv[2], 8080), 5) for _ in range(int(sys.argv[1]))]
+print("up", flush=True)
+signal.sigwait({signal.SIGTERM})
+for c in kept:
+    c.close()
+print("closed", flush=True)
 time.sleep(60)
 """
 SERVER = """
@@ -158,6 +170,37 @@ def test_reserved_ports_are_not_available() -> None:
         labels = (two.client, "", "", "", "", "10.77.255.1", "10.77.0.2", "8080")
         assert found["shoal_ephemeral_ports_used"][labels] == found["shoal_ephemeral_ports_available"][labels] == 150
         assert found["shoal_ephemeral_ports_time_wait"][labels] == 0
+
+
+@pytest.mark.root
+def test_the_owner_stays_when_all_is_in_time_wait() -> None:
+    """A socket in TIME_WAIT has no cgroup; whose its port is was known while it was open."""
+    unit = Owner(unit="proxy.service")
+
+    class OneOwner(Node):
+        def owner_of_socket(self, cgroup_id: int | None, netns: tuple[str, ...]) -> Owner:
+            return unit if cgroup_id else Owner(*netns[1:])
+
+    collector = load("ephemeral_ports")(resolve({"netns.enter": "true"}, {}))
+
+    def owners(client: str, state: str) -> set[str]:
+        deadline = time.monotonic() + 10
+        while any(not line.startswith(state) for line in two.client_sockets()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        families = {family.metric.name: family.samples for family in collector.read(OneOwner(Roots()))}
+        return {labels[4] for labels, _ in families["shoal_ephemeral_ports_used"] if labels[0] == client}
+
+    with pair(server="close") as two:
+        two.sysctl("net.ipv4.ip_local_port_range=40000 40199")
+        process, said = two.start(two.client, HOLDER, "150", *two.addresses)
+        assert said == "up"
+        assert owners(two.client, "ESTAB") == {"proxy.service"}
+        process.terminate()
+        assert process.stdout
+        assert process.stdout.readline().strip() == "closed"
+        assert owners(two.client, "TIME-WAIT") == {"proxy.service"}
+        collector = load("ephemeral_ports")(resolve({"netns.enter": "true"}, {}))
+        assert owners(two.client, "TIME-WAIT") == {""}
 
 
 @pytest.mark.root
