@@ -58,7 +58,7 @@ def absent(collector: DelaysCollector) -> dict[str, str]:
 def stats(run_queue: float, *, version: int = 16, block_io: float = 0.0) -> TaskStats:
     """Return what the kernel would say of one process."""
     later = [0.0 if version >= since else None for since in (11, 13, 14)]
-    return TaskStats(version, run_queue, block_io, 0.0, 0.0, 0.0, *later)
+    return TaskStats(version, run_queue, block_io, 0.0, 0.0, 0.0, int(block_io * 10), *later)
 
 
 @dataclass
@@ -92,12 +92,18 @@ class Machine:
         self.write(f"sys/fs/cgroup/{unit}/cpu.stat", "usage_usec 0\n")
 
     def process(
-        self, pid: int, said: TaskStats, *, started: int = 100, threads: dict[int, float] | None = None
+        self,
+        pid: int,
+        said: TaskStats,
+        *,
+        started: int = 100,
+        threads: dict[int, float] | None = None,
+        nice: int = 0,
     ) -> None:
         """Make a process, or let time pass for it."""
         shutil.rmtree(self.root / f"proc/{pid}", ignore_errors=True)
         self.taskstats[pid] = said
-        fields = " ".join(["S", *["0"] * 18, str(started), *["0"] * 30])
+        fields = " ".join(["S", *["0"] * 15, str(nice), "0", "0", str(started), *["0"] * 30])
         self.write(f"proc/{pid}/stat", f"{pid} (a ) b) {fields}\n")
         for thread, waited in (threads or {pid: said.run_queue}).items():
             self.write(f"proc/{pid}/task/{thread}/schedstat", f"5 {waited * 1e9:.0f} 1\n")
@@ -149,6 +155,7 @@ def test_what_processes_waited_is_summed_by_workload_and_reason(machine: Machine
     found = machine.scrape()
     assert found[DELAY]["a.service", "run_queue"] == 24
     assert found[DELAY]["a.service", "block_io"] == 1.5
+    assert found["shoal_block_io_waits_total"]["a.service",] == 15
     assert found[DELAY]["b.service", "run_queue"] == 10
     assert {reason for unit, reason in found[DELAY] if unit == "b.service"} == {
         "run_queue",
@@ -179,6 +186,22 @@ def test_a_sum_does_not_fall_when_a_process_ends(machine: Machine) -> None:
     assert machine.scrape()[DELAY]["a.service", "run_queue"] == 6.5
     shutil.rmtree(machine.root / "sys/fs/cgroup/a.service")
     assert machine.scrape()[DELAY] == {}
+
+
+@pytest.mark.parametrize("source", ["taskstats", "threads"])
+def test_a_process_that_stands_back_waits_apart(machine: Machine, source: str) -> None:
+    """Waiting at nice 19 is a reason of its own, from the moment the process is niced, and of the run queue alone."""
+    if source == "threads":
+        machine.refusal = Unavailable(Reason.NO_PERMISSION, "refused")
+    machine.cgroup("a.service", 7, 8)
+    machine.process(7, stats(5), nice=19)
+    machine.process(8, stats(1))
+    found = machine.scrape()[DELAY]
+    assert (found["a.service", "run_queue"], found["a.service", "run_queue_nice"]) == (1, 5)
+    machine.process(8, stats(3, block_io=2), nice=1)
+    found = machine.scrape()[DELAY]
+    assert (found["a.service", "run_queue"], found["a.service", "run_queue_nice"]) == (1, 7)
+    assert found.get(("a.service", "block_io")) == (2 if source == "taskstats" else None)
 
 
 def test_a_process_id_given_again_is_another_process(machine: Machine) -> None:
@@ -424,6 +447,19 @@ def test_throttling_of_those_that_have_a_quota(machine: Machine) -> None:
     assert found["shoal_cpu_burst_seconds_total"] == {("full.service",): 1.5}
 
 
+def test_what_a_workload_used(machine: Machine) -> None:
+    """From a second up, whether there is a quota or not; a pod's containers have what it used."""
+    pod = "kubepods.slice/kubepods-podb2a4c6d8_1357_4e9f_a0b1_c2d3e4f5a6b7.slice"
+    container = f"{pod}/cri-containerd-{'ab' * 32}.scope"
+    for cgroup, used in ((pod, 9), (container, 9), ("busy.service", 2.5), ("idle.service", 0.9)):
+        machine.cgroup(cgroup)
+        stat = f"usage_usec {used * 1e6:.0f}\nnr_periods 0\nnr_throttled 0\nthrottled_usec 0\n"
+        machine.write(f"sys/fs/cgroup/{cgroup}/cpu.stat", stat)
+        machine.write(f"sys/fs/cgroup/{cgroup}/cpu.max", "max 100000")
+    found = machine.scrape()["shoal_cpu_usage_seconds_total"]
+    assert found == {("b2a4c6d8-1357-4e9f-a0b1-c2d3e4f5a6b7", "ab" * 6): 9, ("busy.service",): 2.5}
+
+
 def test_one_damaged_cgroup_costs_the_others_nothing(machine: Machine) -> None:
     """A cpu.stat that is not understood is one workload's loss; all of them are the signal's."""
     machine.cgroup("bad.service")
@@ -530,6 +566,8 @@ def test_eight_spinners_beside_a_victim(
         monkeypatch.setattr(delays, "TaskStatsSocket", refuse)
     collector = DelaysCollector(resolve({}, {}))
     spin = "while True: pass"
+    # Whoever starts the tests under nice(1) has these wait under it.
+    run_queue = "run_queue_nice" if os.nice(0) > 0 else "run_queue"
     with live_cgroup("victim") as victim, live_cgroup("spinners") as spinners:
         try:
             pids = [start(victim, spin), *(start(spinners, spin) for _ in range(8))]
@@ -545,10 +583,8 @@ def test_eight_spinners_beside_a_victim(
                 by_ps = {int(row.split()[0]) for row in listed.splitlines() if cgroup.name in row}
                 assert node.processes()[Owner(unit=cgroup.name)] == by_ps
                 waited = sum(int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) for pid in by_ps)
-                assert after[cgroup.name, "run_queue"] == pytest.approx(waited / 1e9, abs=1e-8)
-            growth = {
-                name: after[name, "run_queue"] - before[name, "run_queue"] for name in (victim.name, spinners.name)
-            }
+                assert after[cgroup.name, run_queue] == pytest.approx(waited / 1e9, abs=1e-8)
+            growth = {name: after[name, run_queue] - before[name, run_queue] for name in (victim.name, spinners.name)}
             # Eight of nine parts of a second at best; 0.6 leaves room for what else the machine does to the clock.
             assert growth[victim.name] > 0.6
             assert growth[spinners.name] > 3 * growth[victim.name]

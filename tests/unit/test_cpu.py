@@ -23,9 +23,9 @@ RECORDED = Path(__file__).parent / "fixtures" / "taskstats"
 @pytest.mark.parametrize(
     ("kernel", "expected"),
     [
-        ("5.10", CpuStat(218, 206, 13.355646, None, None)),
-        ("6.1", CpuStat(224, 206, 18.259931, 0, 0.0)),
-        ("6.12", CpuStat(223, 196, 16.016437, 0, 0.0)),
+        ("5.10", CpuStat(2.006077, 218, 206, 13.355646, None, None)),
+        ("6.1", CpuStat(1.988797, 224, 206, 18.259931, 0, 0.0)),
+        ("6.12", CpuStat(2.062119, 223, 196, 16.016437, 0, 0.0)),
     ],
 )
 def test_a_recorded_cgroup_that_its_quota_stopped(kernel: str, expected: CpuStat) -> None:
@@ -38,9 +38,18 @@ def test_a_cgroup_without_the_controller() -> None:
     assert parse_cpu_stat(b"usage_usec 13484000\nuser_usec 3484000\nsystem_usec 10000000\n") is None
 
 
-@pytest.mark.parametrize("data", [b"", b"nr_periods 1\n", b"nr_periods 1\nnr_throttled 0\n", b"nr_periods x\n"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"nr_periods 1\n",
+        b"nr_periods 1\nnr_throttled 0\n",
+        b"nr_periods x\n",
+        b"nr_periods 1\nnr_throttled 0\nthrottled_usec 0\n",
+    ],
+)
 def test_a_malformed_cpu_stat_is_refused(data: bytes) -> None:
-    """A quota's periods without what it did to them are half a file."""
+    """Periods without the use, or a quota's periods without what it did to them are half a file."""
     with pytest.raises(ParseError):
         parse_cpu_stat(data)
 

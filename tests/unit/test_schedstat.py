@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.kernel.files import ParseError, Reason, Unavailable, Vanished
-from shoal.kernel.processes import check_pid_namespace, parse_start_time, read_start_time
+from shoal.kernel.processes import Process, check_pid_namespace, parse_process, read_process
 from shoal.kernel.schedstat import parse_schedstat, parse_task_schedstat, read_schedstat, read_task_schedstats
 
 if TYPE_CHECKING:
@@ -103,10 +103,10 @@ def test_a_process_that_has_ended() -> None:
     """A process without a directory is vanished, to both readers; a zombie still has its start and its row."""
     process = subprocess.Popen([sys.executable, "-c", ""])
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    assert read_start_time("/proc", process.pid) > 0
+    assert read_process("/proc", process.pid).started > 0
     assert list(read_task_schedstats("/proc", process.pid)) == [process.pid]
     process.wait()
-    for reader in (read_start_time, read_task_schedstats):
+    for reader in (read_process, read_task_schedstats):
         with pytest.raises(Vanished):
             reader("/proc", process.pid)
 
@@ -132,12 +132,33 @@ def test_a_thread_that_ends_between_listing_and_reading(tmp_path: Path) -> None:
 def test_when_a_process_started(command: str) -> None:
     """The start is the 22nd field, however the command is named; a process may call itself anything."""
     rest = "S " + " ".join(str(number) for number in range(4, 53))
-    assert parse_start_time(f"42 ({command}) {rest}\n".encode()) == 22
+    assert parse_process(f"42 ({command}) {rest}\n".encode()) == Process(22, niced=True)
+
+
+@pytest.mark.parametrize(("nice", "policy", "niced"), [(0, 0, False), (-5, 0, False), (1, 0, True), (0, 5, True)])
+def test_whether_a_process_stands_back(nice: int, policy: int, *, niced: bool) -> None:
+    """A nice value above 0 says so, and SCHED_IDLE; a negative one does not."""
+    fields = [0] * 50
+    fields[15], fields[37] = nice, policy
+    assert parse_process(f"42 (x) S {' '.join(map(str, fields))}\n".encode()).niced is niced
+
+
+def test_a_live_process_that_stands_back() -> None:
+    """What nice(1) and chrt(1) do to a process is read so."""
+    for command, niced in ((["nice", "-n", "3"], True), (["chrt", "--idle", "0"], True), (["env"], False)):
+        with subprocess.Popen([*command, "cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            assert process.stdin
+            assert process.stdout
+            process.stdin.write(b"x\n")
+            process.stdin.flush()
+            process.stdout.readline()
+            # The machine that runs the tests may itself stand back.
+            assert read_process("/proc", process.pid).niced is (niced or os.nice(0) > 0)
 
 
 def test_when_a_live_process_started() -> None:
     """In ticks since boot, as sysconf counts them: this one started before now and after boot."""
-    started = read_start_time("/proc", os.getpid()) / os.sysconf("SC_CLK_TCK")
+    started = read_process("/proc", os.getpid()).started / os.sysconf("SC_CLK_TCK")
     assert 0 < started <= time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
@@ -145,13 +166,13 @@ def test_when_a_live_process_started() -> None:
 def test_a_malformed_stat_is_refused(data: bytes) -> None:
     """A short row or words in place of numbers are no start."""
     with pytest.raises(ParseError, match="starttime"):
-        parse_start_time(data)
+        parse_process(data)
 
 
 @given(st.binary(max_size=300))
 def test_arbitrary_bytes_are_parsed_or_refused(data: bytes) -> None:
     """No bytes make anything but a result or `ParseError`."""
-    parsers: tuple[Callable[[bytes], object], ...] = (parse_schedstat, parse_task_schedstat, parse_start_time)
+    parsers: tuple[Callable[[bytes], object], ...] = (parse_schedstat, parse_task_schedstat, parse_process)
     for parse in parsers:
         with contextlib.suppress(ParseError):
             parse(data)

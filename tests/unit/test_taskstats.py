@@ -105,6 +105,7 @@ def test_every_version_is_read_where_a_c_compiler_puts_its_members(version: int)
     assert {ours: getattr(read, ours) for ours in MEMBERS} == {
         ours: None if nanoseconds is None else nanoseconds / 1e9 for ours, nanoseconds in expected.items()
     }
+    assert read.block_io_waits == structure.blkio_count
 
 
 def test_a_later_version_is_read_as_far_as_it_is_known() -> None:

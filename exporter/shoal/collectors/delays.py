@@ -15,7 +15,7 @@ from shoal.kernel.cgroups import open_cgroup
 from shoal.kernel.cpu import read_cpu_burst, read_cpu_max, read_cpu_stat
 from shoal.kernel.files import ParseError, Reason, Unavailable, Vanished, read
 from shoal.kernel.netlink.taskstats import TaskStatsSocket, check_accounting
-from shoal.kernel.processes import read_start_time
+from shoal.kernel.processes import read_process
 from shoal.kernel.schedstat import read_schedstat, read_task_schedstats
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from shoal.settings import Settings
 
     Waited = tuple[float, ...]
-    """Seconds, in the order of `_REASONS`; a source that gives fewer leaves the later ones out."""
+    """In the order of `_SUMS`; a source that gives fewer leaves the later ones out."""
     Source = Callable[[int], dict[int, Waited]]
     """Reads one process: {thread id, or 0 for all its threads together: what it waited}."""
 
@@ -38,10 +38,18 @@ DELAY = Metric(
     "Time that the threads of the workload waited, summed over threads, by what they waited for (run_queue: "
     "cpu_delay_total, block_io: blkio_, swap_in: swapin_, reclaim: freepages_, thrashing: thrashing_, "
     "compaction: compact_, copy_on_write: wpcopy_, irq: irq_delay_total). Reasons overlap, and being stopped by a CPU "
-    "quota counts as run_queue. What a process waited between the last scrape and its end is missing, and all but "
-    "run_queue of a process older than the switching on of accounting.",
+    "quota counts as run_queue. What processes waited for a CPU at a nice value above 0 or under SCHED_IDLE is "
+    "run_queue_nice instead, once there is any. What a process waited between the last scrape and its end is missing, "
+    "and all but run_queue of a process older than the switching on of accounting.",
     "taskstats TASKSTATS_CMD_GET of each process; run_queue without CAP_NET_ADMIN: /proc/<pid>/task/*/schedstat",
     (*OWNER_LABELS, "reason"),
+)
+BLOCK_IO_WAITS = Metric(
+    "shoal_block_io_waits_total",
+    "counter",
+    "How many waits the reason block_io of shoal_delay_seconds_total is the sum of (blkio_count), once there is any.",
+    "taskstats TASKSTATS_CMD_GET of each process",
+    OWNER_LABELS,
 )
 NODE_RUN_QUEUE = Metric(
     "shoal_node_run_queue_delay_seconds_total",
@@ -54,6 +62,13 @@ SKIPPED = Metric(
     "gauge",
     "Processes that were not asked in this scrape, because the time for it was used up; they come first in the next.",
     "counted",
+)
+USAGE = Metric(
+    "shoal_cpu_usage_seconds_total",
+    "counter",
+    "CPU time that the workload used, to compare its waiting with (usage_usec); of one that has used a second or more.",
+    "<cgroup>/cpu.stat usage_usec",
+    OWNER_LABELS,
 )
 PERIODS = Metric(
     "shoal_cpu_periods_total",
@@ -92,8 +107,13 @@ BURST = Metric(
 )
 
 _REASONS = ("run_queue", "block_io", "swap_in", "reclaim", "thrashing", "compaction", "copy_on_write", "irq")
+_SUMS = (*_REASONS, "block_io_waits", "run_queue_nice")
+"""What is summed over processes. Niced processes are apart, as waiting is what they asked for."""
+_RUN_QUEUE, _RUN_QUEUE_NICE = _SUMS.index("run_queue"), _SUMS.index("run_queue_nice")
 # Reasons that not every kernel counts, each a signal of its own, and since which version of struct taskstats.
 _NEWER = {"compaction": 11, "copy_on_write": 13, "irq": 14}
+# A pause container never gets there: most pods are spared a series that way.
+_LEAST_USAGE = 1.0
 # Seconds for asking the processes of one scrape; 3,000 threads in 1,000 processes take a tenth of it.
 _BUDGET = 0.5
 
@@ -114,8 +134,10 @@ class DelaysCollector(Collector):
     name = "delays"
     metrics: ClassVar = (
         DELAY,
+        BLOCK_IO_WAITS,
         NODE_RUN_QUEUE,
         SKIPPED,
+        USAGE,
         PERIODS,
         THROTTLED_PERIODS,
         THROTTLED,
@@ -167,12 +189,17 @@ class DelaysCollector(Collector):
             owners={workload.owner for workload in node.inventory().workloads},
             pids={pid for pids in processes.values() for pid in pids},
         )
-        delays = DELAY.family()
-        for owner, waited in self._sums.items():
-            for reason, seconds in zip(_REASONS, waited, strict=True):
+        delays, block_io_waits = DELAY.family(), BLOCK_IO_WAITS.family()
+        for owner, sums in self._sums.items():
+            waited = dict(zip(_SUMS, sums, strict=True))
+            for reason in _REASONS:
                 if reason in counted:
-                    delays.add((*owner.labels, reason), seconds)
-        return [delays, Family(SKIPPED, [((), skipped)])]
+                    delays.add((*owner.labels, reason), waited[reason])
+            if waited["run_queue_nice"]:
+                delays.add((*owner.labels, "run_queue_nice"), waited["run_queue_nice"])
+            if waited["block_io_waits"]:
+                block_io_waits.add(owner.labels, waited["block_io_waits"])
+        return [delays, block_io_waits, Family(SKIPPED, [((), skipped)])]
 
     def _source(self, proc: str, stack: ExitStack) -> tuple[Source, Collection[str]]:
         """Return what to read processes with, and which reasons it counts on this node."""
@@ -226,7 +253,8 @@ class DelaysCollector(Collector):
                 asked[pid] = self._asked.get(pid, 0)
                 continue
             try:
-                self._sums.add(owner, pid, read_start_time(proc, pid), source(pid))
+                process = read_process(proc, pid)
+                self._sums.add(owner, pid, process.started, source(pid), niced=process.niced)
             except Vanished:
                 continue
             except (Unavailable, ParseError) as error:
@@ -255,18 +283,18 @@ class _Sums:
         self._last: dict[int, tuple[int, dict[int, Waited]]] = {}
         """{process id: (when it started, {thread id: the most that it was seen to have waited})}"""
 
-    def add(self, owner: Owner, pid: int, started: int, threads: dict[int, Waited]) -> None:
+    def add(self, owner: Owner, pid: int, started: int, threads: dict[int, Waited], *, niced: bool = False) -> None:
         """Add one process. Another start is another process; another thread of the same id has waited from 0 again."""
         before = self._last.get(pid)
         known = before[1] if before and before[0] == started else {}
-        total = self._sums.setdefault(owner, [0.0] * len(_REASONS))
+        total = self._sums.setdefault(owner, [0.0] * len(_SUMS))
         highest: dict[int, Waited] = {}
         for thread, waited in threads.items():
             last = known.get(thread, (0.0,) * len(waited))
             # The kernel counts a thread that is just ending twice for a moment, so that a total can fall back.
             highest[thread] = tuple(map(max, waited, last))
             for index, (now, then) in enumerate(zip(highest[thread], last, strict=True)):
-                total[index] += now - then
+                total[_RUN_QUEUE_NICE if niced and index == _RUN_QUEUE else index] += now - then
         self._last[pid] = (started, highest)
 
     def forget(self, owners: Collection[Owner], pids: Collection[int]) -> None:
@@ -275,12 +303,12 @@ class _Sums:
         self._last = {pid: last for pid, last in self._last.items() if pid in pids}
 
     def items(self) -> Collection[tuple[Owner, list[float]]]:
-        """Return each workload with its sums, in the order of `_REASONS`."""
+        """Return each workload with its sums, in the order of `_SUMS`."""
         return self._sums.items()
 
 
 def _waited(stats: TaskStats) -> Waited:
-    return tuple(getattr(stats, reason) or 0.0 for reason in _REASONS)
+    return tuple(getattr(stats, name) or 0.0 for name in _SUMS[:_RUN_QUEUE_NICE])
 
 
 def _by_thread(proc: str, pid: int) -> dict[int, Waited]:
@@ -288,15 +316,20 @@ def _by_thread(proc: str, pid: int) -> dict[int, Waited]:
 
 
 def _throttling(inventory: Inventory) -> list[Family]:
-    """Read the workloads that have, or had, a CPU quota of their own; a pod as a whole can have one too."""
+    """Read what each workload used, and of those that have or had a CPU quota of their own what it did to them.
+
+    A pod as a whole can have a quota too; what it used its containers have.
+    """
     if b"cpu" not in read(f"{inventory.hierarchy.mount}/cgroup.controllers").split():
         raise Unavailable(Reason.CGROUP_V1, "the cpu controller is not on cgroup v2")
-    families = {metric: metric.family() for metric in (PERIODS, THROTTLED_PERIODS, THROTTLED, BURST_PERIODS, BURST)}
+    families = {
+        metric: metric.family() for metric in (USAGE, PERIODS, THROTTLED_PERIODS, THROTTLED, BURST_PERIODS, BURST)
+    }
     readable, refused = 0, None
     for workload in inventory.workloads:
         try:
             with open_cgroup(inventory.hierarchy.mount + workload.cgroup.path) as fd:
-                samples = _read_quota(fd, whole_pod=workload.whole_pod)
+                samples = _read_cpu(fd, whole_pod=workload.whole_pod)
         except Vanished:
             continue
         except (Unavailable, ParseError) as error:
@@ -310,11 +343,16 @@ def _throttling(inventory: Inventory) -> list[Family]:
     return list(families.values())
 
 
-def _read_quota(fd: int, *, whole_pod: bool) -> list[tuple[Metric, float]]:
+def _read_cpu(fd: int, *, whole_pod: bool) -> list[tuple[Metric, float]]:
     stat = read_cpu_stat(fd)
-    if stat is None or (stat.periods == 0 and read_cpu_max(fd) is None):
+    if stat is None:
         return []
-    samples: list[tuple[Metric, float]] = [(THROTTLED, stat.throttled)]
+    samples: list[tuple[Metric, float]] = []
+    if stat.usage >= _LEAST_USAGE and not whole_pod:
+        samples.append((USAGE, stat.usage))
+    if stat.periods == 0 and read_cpu_max(fd) is None:
+        return samples
+    samples.append((THROTTLED, stat.throttled))
     if stat.throttled_periods and not whole_pod:
         # Out of how many periods matters only once there was one, and of a pod its containers have it.
         samples += [(PERIODS, stat.periods), (THROTTLED_PERIODS, stat.throttled_periods)]

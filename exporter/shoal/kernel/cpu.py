@@ -1,4 +1,4 @@
-"""CPU of one cgroup v2: its quota, and for how long the quota stopped it."""
+"""CPU of one cgroup v2: what it used, its quota, and for how long the quota stopped it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,13 @@ _MICRO = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class CpuStat:
-    """What the quota did, from cpu.stat (4.15). The cgroup's own quota alone, not its ancestors' or descendants'."""
+    """What was used, and what the quota did, from cpu.stat (4.15).
 
+    The quota is the cgroup's own alone, not its ancestors' or descendants'; the use has its descendants in it.
+    """
+
+    usage: float
+    """usage_usec, in seconds."""
     periods: int
     """nr_periods: enforcement periods in which the cgroup had something to run, since it has a quota."""
     throttled_periods: int
@@ -32,11 +37,12 @@ def parse_cpu_stat(data: bytes, file: str = "cpu.stat") -> CpuStat | None:
     stat = parse_flat_keyed(data, file)
     if "nr_periods" not in stat:
         return None
-    for key in ("nr_throttled", "throttled_usec"):
+    for key in ("usage_usec", "nr_throttled", "throttled_usec"):
         if key not in stat:
             raise ParseError(file, 0, f"{key} beside nr_periods")
     burst = stat.get("burst_usec")
     return CpuStat(
+        usage=stat["usage_usec"] / _MICRO,
         periods=stat["nr_periods"],
         throttled_periods=stat["nr_throttled"],
         throttled=stat["throttled_usec"] / _MICRO,

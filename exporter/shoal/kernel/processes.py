@@ -1,15 +1,30 @@
-"""Process ids: whose they are, and what tells a process from a later one that was given the same id."""
+"""Processes: whose ids they are, what tells one from a later one of the same id, and whether one asked to wait."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 
 from shoal.kernel.files import ParseError, Reason, Unavailable, Vanished, read
 
-__all__ = ["check_pid_namespace", "parse_start_time", "read_start_time"]
+__all__ = ["Process", "check_pid_namespace", "parse_process", "read_process"]
 
 _STATE = 3
+_NICE = 19
 _START_TIME = 22
+_POLICY = 41
+# include/uapi/linux/sched.h
+_SCHED_IDLE = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """What /proc/<pid>/stat says of a process by its first thread."""
+
+    started: int
+    """starttime: clock ticks from boot to its start. Stays the same over an exec."""
+    niced: bool
+    """Whether it asked to stand back: a nice value above 0, or the policy SCHED_IDLE."""
 
 
 def check_pid_namespace(proc: str) -> None:
@@ -26,26 +41,27 @@ def check_pid_namespace(proc: str) -> None:
         raise Unavailable(Reason.NO_PERMISSION, f"the exporter is not in the PID namespace of {proc}")
 
 
-def parse_start_time(data: bytes, file: str = "stat") -> int:
-    """Return `starttime`, the 22nd field of /proc/<pid>/stat: clock ticks from boot to the start of the process.
+def parse_process(data: bytes, file: str = "stat") -> Process:
+    """Return `nice`, `starttime` and `policy`, the 19th, 22nd and 41st field of /proc/<pid>/stat. Raises `ParseError`.
 
     The second field is the command in brackets, and may itself hold spaces, brackets and line breaks.
     """
     fields = data[data.rfind(b")") + 1 :].split()
     try:
-        return int(fields[_START_TIME - _STATE])
+        nice, started, policy = (int(fields[number - _STATE]) for number in (_NICE, _START_TIME, _POLICY))
     except (IndexError, ValueError):
-        raise ParseError(file, 1, f"at least {_START_TIME} fields, starttime a whole number") from None
+        raise ParseError(file, 1, f"at least {_POLICY} fields, nice, starttime and policy whole numbers") from None
+    return Process(started, niced=nice > 0 or policy == _SCHED_IDLE)
 
 
-def read_start_time(proc: str, pid: int) -> int:
-    """Read when a process started: an id is given again, but not with the same start. Stays the same over an exec.
+def read_process(proc: str, pid: int) -> Process:
+    """Read a process: an id is given again, but not with the same start.
 
     Raises `Vanished`, `Unavailable` or `ParseError`.
     """
     path = f"{proc}/{pid}/stat"
     try:
-        return parse_start_time(read(path), path)
+        return parse_process(read(path), path)
     except Unavailable as error:
         if error.reason is Reason.NOT_IN_KERNEL:
             raise Vanished(f"process {pid} has ended") from None

@@ -73,6 +73,8 @@ _OFFSETS_15: Final[Mapping[str, int]] = MappingProxyType(
         "irq": 536,
     }
 )
+# In every version the count stands before its total.
+_COUNT: Final = -8
 _INTERLEAVED: Final = 15
 _OLDEST: Final = 9
 _SINCE: Final[Mapping[str, int]] = MappingProxyType({"compaction": 11, "copy_on_write": 13, "irq": 14})
@@ -100,6 +102,8 @@ class TaskStats:
     """freepages_delay_total: reclaiming memory on its own account."""
     thrashing: float
     """thrashing_delay_total: waiting for a page that had been evicted shortly before."""
+    block_io_waits: int
+    """blkio_count: how many waits `block_io` is the sum of."""
     compaction: float | None
     """compact_delay_total: compacting memory for a large page. Version 11; not in 5.10."""
     copy_on_write: float | None
@@ -147,6 +151,7 @@ def parse_taskstats(message: bytes) -> TaskStats:
         swap_in=totals["swap_in"],
         reclaim=totals["reclaim"],
         thrashing=totals["thrashing"],
+        block_io_waits=_U64.unpack_from(stats, offsets["block_io"] + _COUNT)[0],
         compaction=totals.get("compaction"),
         copy_on_write=totals.get("copy_on_write"),
         irq=totals.get("irq"),
