@@ -838,6 +838,8 @@ def test_options() -> None:
     settings = resolve({"conntrack.dump-interval": "10", "conntrack.dump-entries": "1000"}, {})
     assert (settings.conntrack_dump_interval, settings.conntrack_dump_entries) == (10, 1000)
     assert resolve({"conntrack.dump-interval": "0"}, {}).conntrack_dump_interval == 0
+    assert not settings.kubernetes_endpoints
+    assert resolve({}, {"SHOAL_KUBERNETES_ENDPOINTS": "true"}).kubernetes_endpoints
     for key, text in (("interval", "9"), ("interval", "-1"), ("interval", "1.5"), ("entries", "999"), ("entries", "x")):
         with pytest.raises(Exception, match="a whole number from"):
             resolve({f"conntrack.dump-{key}": text}, {})
