@@ -86,11 +86,11 @@ class Staleness(StrEnum):
     """Why a connection whose destination was translated counts as stale."""
 
     BACKEND_GONE = "backend_gone"
-    """None of the node's NAT rules leads to its backend any more."""
+    """Its backend is none of those that live: no NAT rule leads there any more, or no EndpointSlice has it."""
     UNREPLIED = "unreplied"
     """It was never answered; which backends live is not known."""
     BACKEND_SILENT = "backend_silent"
-    """It was never answered, though a NAT rule still leads to its backend: that hangs, or never answers by design."""
+    """It was never answered, though its backend is one of those that live: that hangs, or never answers by design."""
 
 
 class Destination(NamedTuple):
@@ -140,8 +140,8 @@ class Surroundings:
     """{address: labels of the one network namespace that has it}"""
     own_addresses: frozenset[bytes] = frozenset()
     """The addresses of the namespace whose table this is."""
-    is_backend: Callable[[bytes, int], bool] | None = None
-    """Tells whether a NAT rule leads to this address and port; None where the rules are not known in full."""
+    is_backend: Callable[[Entry], bool | None] | None = None
+    """Tells whether what answers a connection that a rule translated is a backend that lives; None if nobody knows."""
 
 
 @dataclass(slots=True)
@@ -229,7 +229,7 @@ def _count_port(entry: Entry, census: Census, own: frozenset[bytes]) -> None:
 def _suspect(
     entry: Entry,
     census: Census,
-    is_backend: Callable[[bytes, int], bool] | None,
+    is_backend: Callable[[Entry], bool | None] | None,
     before: Mapping[tuple[bytes | int, ...], _Sighting],
     now: float,
 ) -> None:
@@ -251,7 +251,7 @@ def _suspect(
         census.forgotten += 1
 
 
-def _staleness(entry: Entry, is_backend: Callable[[bytes, int], bool] | None) -> Staleness | None:
+def _staleness(entry: Entry, is_backend: Callable[[Entry], bool | None] | None) -> Staleness | None:
     """Return why this connection would be stale if it is renewed, or None.
 
     Of TCP the timeout tells whether data is unacknowledged, so a connection that is being drained is left alone. Of UDP
@@ -259,7 +259,7 @@ def _staleness(entry: Entry, is_backend: Callable[[bytes, int], bool] | None) ->
     """
     # What a helper foresaw, Open vSwitch did (which has zones) or IPVS did (which sets no DST_NAT), no rule did.
     by_rule = entry.status & DST_NAT and not entry.status & EXPECTED and not entry.zone
-    lives = is_backend(entry.reply_source, entry.reply_source_port) if is_backend and by_rule else None
+    lives = is_backend(entry) if is_backend and by_rule else None
     if not entry.status & SEEN_REPLY:
         if lives is None:
             return Staleness.UNREPLIED

@@ -53,6 +53,8 @@ class Settings:
     """Seconds between two dumps of the connection tracking table; 0 for none at all."""
     conntrack_dump_entries: int
     """The most entries that a dump looks at."""
+    kubernetes_endpoints: bool
+    """Whether to watch the cluster's EndpointSlices for the backends that live (a service account)."""
     inodes_walk_interval: int
     """Seconds between two rounds of counting the inodes of writable layers; 0 for none at all."""
     log_level: str
@@ -238,6 +240,14 @@ OPTIONS: tuple[Option, ...] = (
         _whole(1000, 10_000_000),
     ),
     Option(
+        "kubernetes.endpoints",
+        "false",
+        "BOOLEAN",
+        "Watch the cluster's EndpointSlices, to tell which backends of services are gone; needs a service account that"
+        " may get, list and watch them.",
+        _switch,
+    ),
+    Option(
         "inodes.walk-interval",
         "300",
         "SECONDS",
@@ -349,6 +359,7 @@ def resolve(flags: Mapping[str, str], environ: Mapping[str, str] | None = None) 
         neighbours_verify=values["neighbours.verify"],
         conntrack_dump_interval=values["conntrack.dump-interval"],
         conntrack_dump_entries=values["conntrack.dump-entries"],
+        kubernetes_endpoints=values["kubernetes.endpoints"],
         inodes_walk_interval=values["inodes.walk-interval"],
         log_level=values["log.level"],
         log_format=values["log.format"],

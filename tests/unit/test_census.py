@@ -42,9 +42,9 @@ def through_service(backend: str = GONE, **fields: Any) -> Entry:
     return entry("10.244.0.1", SERVICE, backend=backend, **{"status": DST_NAT} | fields)
 
 
-def only_live(address: bytes, port: int) -> bool:
+def only_live(one: Entry) -> bool:
     """Know one backend."""
-    return (address, port) == (ip(LIVE), 53)
+    return (one.reply_source, one.reply_source_port) == (ip(LIVE), 53)
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def twice(
     clock: list[float],
     first: Entry,
     second: Entry,
-    is_backend: Callable[[bytes, int], bool] | None = None,
+    is_backend: Callable[[Entry], bool | None] | None = None,
     own: frozenset[bytes] = frozenset(),
 ) -> Counter[Stale]:
     """Return what is stale of one connection that was seen in two censuses a minute apart."""
@@ -179,7 +179,7 @@ def test_an_unanswered_mapping_that_is_renewed(clock: list[float]) -> None:
     ],
 )
 def test_why_an_unanswered_mapping_is_stale(
-    clock: list[float], is_backend: Callable[[bytes, int], bool] | None, backend: str, reason: Staleness
+    clock: list[float], is_backend: Callable[[Entry], bool | None] | None, backend: str, reason: Staleness
 ) -> None:
     """By what the rules say of the backend."""
     found = twice(clock, through_service(backend), through_service(backend), is_backend)

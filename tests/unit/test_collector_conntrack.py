@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from dataclasses import replace
 from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -23,14 +24,16 @@ from shoal.inventory import Node
 from shoal.kernel.conntrack import parse_conntrack_table
 from shoal.kernel.files import ParseError, Reason, Roots, Unavailable, Vanished
 from shoal.kernel.netlink.conntrack import ConntrackStatistics, ConntrackTotals
-from shoal.kernel.netlink.conntrack_entries import DST_NAT, Entry
+from shoal.kernel.netlink.conntrack_entries import DST_NAT, SEEN_REPLY, Entry
 from shoal.kernel.netlink.nat_rules import NatBackends
+from shoal.kubernetes.endpoints import Endpoints, Slice
 from shoal.settings import resolve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from shoal.families import Family
+    from shoal.kubernetes.watch import EndpointWatch
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SCENE = Path(__file__).with_name("conntrack_scene.py")
@@ -73,6 +76,11 @@ def reasons(one: ConntrackCollector) -> dict[str, str]:
     """Return {signal without its prefix: reason for its absence, or ""}."""
     absent = one.availability.absent.items()
     return {signal.removeprefix("conntrack_"): why[0].value if why else "" for signal, why in absent}
+
+
+def lacking(one: ConntrackCollector) -> set[str]:
+    """Return the signals that are not there."""
+    return {signal for signal, reason in reasons(one).items() if reason}
 
 
 def pid_of(roots: Roots, labels: tuple[str, ...]) -> int:
@@ -188,7 +196,7 @@ def test_a_recorded_node(version: str, kernel: Kernel) -> None:
         assert all(value == 0 for labels, value in values.items() if labels != ("host",))
     assert found["shoal_conntrack_drop_total"]["host",] > 200
     assert ("shoal_conntrack_chain_toolong_total" in found) == (version != "5.10")
-    assert set(reasons(one).values()) == {""}
+    assert lacking(one) == {"endpoints"}
     assert kernel.dumps == 1
 
 
@@ -200,7 +208,8 @@ def test_no_request_where_nothing_is_tracked(tmp_path: Path, opened: list[object
     one = collector()
     assert not samples(one.read(Node(roots)))
     assert {signal: reason for signal, reason in reasons(one).items() if reason != "not_in_kernel"} == {
-        "backends": "not_readable"
+        "backends": "not_readable",
+        "endpoints": "not_enabled",
     }
     assert not opened
 
@@ -524,12 +533,12 @@ def test_stale_mappings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel:
     minutes[0] += 60
     found = samples(one.read(node))
     assert stale_of(found) == {
-        ("backend_gone", "udp", "10.96.0.10", "53", "10.244.0.9:53"): 3,
-        ("backend_gone", "udp", "fd00::10", "53", "[fd00::9]:53"): 2,
-        ("backend_gone", "", "other", "", ""): 4,
-        ("backend_silent", "", "other", "", ""): 1,
+        ("backend_gone", "udp", "10.96.0.10", "53", "10.244.0.9:53", ""): 3,
+        ("backend_gone", "udp", "fd00::10", "53", "[fd00::9]:53", ""): 2,
+        ("backend_gone", "", "other", "", "", ""): 4,
+        ("backend_silent", "", "other", "", "", ""): 1,
     }
-    assert found["shoal_conntrack_stale_entries"]["unreplied", "", "other", "", ""] == 0
+    assert found["shoal_conntrack_stale_entries"]["unreplied", "", "other", "", "", ""] == 0
 
 
 @pytest.mark.parametrize(
@@ -552,7 +561,7 @@ def test_no_backend_is_gone_where_the_rules_are_not_known(
     one.read(node)
     minutes[0] += 60
     found = samples(one.read(node))
-    assert stale_of(found) == {("unreplied", "udp", "10.96.0.10", "53", "10.244.0.9:53"): 1}
+    assert stale_of(found) == {("unreplied", "udp", "10.96.0.10", "53", "10.244.0.9:53", ""): 1}
     assert reasons(one)["backends"] == reason
     assert reasons(one)["dump"] == ""
 
@@ -566,6 +575,142 @@ def test_legacy_iptables_may_lead_anywhere(tmp_path: Path, kernel: Kernel) -> No
     assert reasons(one)["backends"] == "not_readable"
     assert "legacy iptables" in str(one.availability.absent["conntrack_backends"])
     assert kernel.dumps == 1
+
+
+class Slices:
+    """Stands for the watch of EndpointSlices: what it knows, or why it knows nothing."""
+
+    def __init__(self, *live: str, withdrawn: tuple[str, ...] = ()) -> None:
+        """Know the backends of the service shop/dns at port 53 of these addresses."""
+        self.known = Endpoints()
+        self.age: float | None = 7.0
+        self.failure: Unavailable | None = None
+        for addresses in ((*live, *withdrawn), live):
+            keys = tuple(ip_address(text).packed + b"\0\x35\x11" for text in addresses)
+            self.known.put(Slice("shop/dns-a", "shop/dns", keys))
+
+    def current(self) -> Endpoints:
+        """Stand for the method of this name."""
+        if self.failure:
+            raise self.failure
+        return self.known
+
+
+def seen_twice(
+    kernel: Kernel, minutes: list[float], tmp_path: Path, watch: Slices, *entries: Entry
+) -> tuple[ConntrackCollector, Samples]:
+    """Return the collector and what it found of connections that were renewed between two dumps."""
+    one = collector(kubernetes_endpoints=True)
+    one._watch = cast("EndpointWatch", watch)
+    roots = copy_of("6.1", tmp_path)
+    kernel.addresses = {1: {"192.0.2.1"}}
+    kernel.entries = list(entries)
+    one.read(Node(roots))
+    minutes[0] += 60
+    return one, samples(one.read(Node(roots)))
+
+
+ANSWERED = {"status": DST_NAT | SEEN_REPLY, "timeout": 120}
+
+
+@pytest.mark.parametrize("opaque", [True, False])
+def test_backends_by_endpoint_slices(tmp_path: Path, kernel: Kernel, minutes: list[float], *, opaque: bool) -> None:
+    """Without rules that are known, what no slice has is gone, and whose it was is told; not behind a node's port."""
+    kernel.rules = NatBackends(1, frozenset([b"10240253"] if opaque else []), (), int(opaque))
+    entries = (
+        udp("10.244.0.1", "10.96.0.10", "10.244.0.9", **ANSWERED),
+        udp("10.244.0.1", "10.96.0.11", "10.244.0.9"),
+        udp("10.244.0.1", "10.96.0.12", "10.244.0.2"),
+        udp("10.244.0.1", "10.96.0.13", "10.244.0.2", **ANSWERED),
+        udp("10.244.0.1", "10.96.0.14", "10.244.0.8", **ANSWERED),
+        udp("10.9.9.9", "192.0.2.1", "10.244.0.7", **ANSWERED),
+        udp("10.9.9.9", "192.0.2.1", "10.244.0.6"),
+        udp("10.244.0.1", "10.96.0.12", "10.244.0.2", protocol=6, timeout=120),
+    )
+    one, found = seen_twice(kernel, minutes, tmp_path, Slices("10.244.0.2", withdrawn=("10.244.0.9",)), *entries)
+    assert stale_of(found) == {
+        ("backend_gone", "udp", "10.96.0.10", "53", "10.244.0.9:53", "shop/dns"): 1,
+        ("backend_gone", "udp", "10.96.0.11", "53", "10.244.0.9:53", "shop/dns"): 1,
+        ("backend_silent", "udp", "10.96.0.12", "53", "10.244.0.2:53", "shop/dns"): 1,
+        ("backend_gone", "udp", "10.96.0.14", "53", "10.244.0.8:53", ""): 1,
+        ("unreplied", "udp", "192.0.2.1", "53", "10.244.0.6:53", ""): 1,
+        ("backend_gone", "tcp", "10.96.0.12", "53", "10.244.0.2:53", ""): 1,
+    }
+    assert found["shoal_conntrack_endpoints"] == {(): 1}
+    assert found["shoal_conntrack_endpoints_age_seconds"] == {(): 7}
+    assert lacking(one) == ({"backends"} if opaque else set())
+
+
+def test_backends_by_rules_and_endpoint_slices(tmp_path: Path, kernel: Kernel, minutes: list[float]) -> None:
+    """A backend that is being drained has no rule any more and is in its slice; a published port only has a rule."""
+    entries = (
+        udp("10.244.0.1", "10.96.0.10", "10.244.0.22", **ANSWERED),
+        udp("10.9.9.9", "10.96.0.11", "10.244.0.2", **ANSWERED),
+        udp("10.244.0.1", "10.96.0.12", "10.244.0.9", **ANSWERED),
+        udp("10.9.9.9", "192.0.2.1", "10.244.0.9", **ANSWERED),
+    )
+    one, found = seen_twice(kernel, minutes, tmp_path, Slices("10.244.0.22"), *entries)
+    assert stale_of(found) == {
+        ("backend_gone", "udp", "10.96.0.12", "53", "10.244.0.9:53", ""): 1,
+        ("backend_gone", "udp", "192.0.2.1", "53", "10.244.0.9:53", ""): 1,
+    }
+    assert not lacking(one)
+
+
+@pytest.mark.parametrize("age", [None, 400.0])
+def test_endpoint_slices_that_are_old_call_nothing_gone(
+    tmp_path: Path, kernel: Kernel, minutes: list[float], age: float | None
+) -> None:
+    """A backend made since would be among those that no slice has. How old they are is told, not how many there are."""
+    kernel.rules_failure = Unavailable(Reason.NO_PERMISSION, "no")
+    watch = Slices("10.244.0.2")
+    watch.age, watch.failure = age, Unavailable(Reason.NO_PERMISSION, "the API server refuses (403)")
+    entries = (
+        udp("10.244.0.1", "10.96.0.10", "10.244.0.9", **ANSWERED),
+        udp("10.244.0.1", "10.96.0.11", "10.244.0.9"),
+    )
+    one, found = seen_twice(kernel, minutes, tmp_path, watch, *entries)
+    assert stale_of(found) == {("unreplied", "udp", "10.96.0.11", "53", "10.244.0.9:53", ""): 1}
+    assert reasons(one)["endpoints"] == "no_permission"
+    assert one.availability.absent["conntrack_endpoints"] == (Reason.NO_PERMISSION, "the API server refuses (403)")
+    assert "shoal_conntrack_endpoints" not in found
+    assert found.get("shoal_conntrack_endpoints_age_seconds") == (None if age is None else {(): age})
+
+
+def test_a_cluster_without_any_backend(tmp_path: Path, kernel: Kernel, minutes: list[float]) -> None:
+    """Like rules that lead nowhere: then NAT is somebody else's."""
+    kernel.rules_failure = Unavailable(Reason.NO_PERMISSION, "no")
+    entry = udp("10.244.0.1", "10.96.0.10", "10.244.0.9", **ANSWERED)
+    one, found = seen_twice(kernel, minutes, tmp_path, Slices(), entry)
+    assert stale_of(found) == {}
+    assert found["shoal_conntrack_endpoints"] == {(): 0}
+    assert lacking(one) == {"backends"}
+
+
+async def test_endpoint_slices_are_watched_if_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the start of the exporter to its end; not without dumps to compare them with; outside a pod it says so."""
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    for settings in ({}, {"kubernetes_endpoints": True, "conntrack_dump_interval": 0}):
+        one = await asyncio.to_thread(partial(collector, **settings))
+        await one.start()
+        assert one._watching is None
+        await one.stop()
+    one = await asyncio.to_thread(partial(collector, kubernetes_endpoints=True))
+    await one.start()
+    task = one._watching
+    await one.start()
+    assert task is not None
+    assert one._watching is task
+    for _ in range(100):
+        await asyncio.sleep(0.01)
+        assert one._watch
+        with pytest.raises(Unavailable) as error:
+            one._watch.current()
+        if "not a pod" in str(error.value):
+            break
+    assert "this is not a pod" in str(error.value)
+    await one.stop()
+    assert task.done()
 
 
 def test_dumps_that_are_long_ago_are_not_compared(tmp_path: Path, kernel: Kernel, minutes: list[float]) -> None:
@@ -609,7 +754,7 @@ def test_a_dump_that_takes_long_is_not_waited_for(tmp_path: Path, kernel: Kernel
     one._thread.join(20)
     assert "shoal_conntrack_owner_entries" in samples(one.read(Node(roots)))
     assert kernel.dumps == 1
-    assert set(reasons(one).values()) == {""}
+    assert lacking(one) == {"endpoints"}
 
 
 def test_the_last_dump_stands_while_the_next_is_taken(tmp_path: Path, kernel: Kernel, minutes: list[float]) -> None:
@@ -648,7 +793,7 @@ def test_a_dump_that_fails_costs_itself_only(
     kernel.failure = None
     minutes[0] += 60
     assert "shoal_conntrack_owner_entries" in samples(one.read(node))
-    assert set(reasons(one).values()) == {""}
+    assert lacking(one) == {"endpoints"}
 
 
 def test_a_mistake_in_the_thread_is_seen(tmp_path: Path, kernel: Kernel) -> None:
@@ -693,6 +838,8 @@ def test_options() -> None:
     settings = resolve({"conntrack.dump-interval": "10", "conntrack.dump-entries": "1000"}, {})
     assert (settings.conntrack_dump_interval, settings.conntrack_dump_entries) == (10, 1000)
     assert resolve({"conntrack.dump-interval": "0"}, {}).conntrack_dump_interval == 0
+    assert not settings.kubernetes_endpoints
+    assert resolve({}, {"SHOAL_KUBERNETES_ENDPOINTS": "true"}).kubernetes_endpoints
     for key, text in (("interval", "9"), ("interval", "-1"), ("interval", "1.5"), ("entries", "999"), ("entries", "x")):
         with pytest.raises(Exception, match="a whole number from"):
             resolve({f"conntrack.dump-{key}": text}, {})
@@ -744,11 +891,11 @@ def test_real_backends_that_are_gone() -> None:
     """A namespace goes away under UDP and TCP clients; the slow, the silent and the drained backend are not gone."""
     real = scene("stale")
     gone = {
-        ("backend_gone", "udp", "10.96.0.10", "53", f"{real['gone']}:5310"): 1,
-        ("backend_gone", "tcp", "10.96.0.11", "80", f"{real['gone']}:8011"): 1,
-        ("backend_gone", "udp", "10.96.0.12", "53", f"{real['gone']}:5312"): 1,
+        ("backend_gone", "udp", "10.96.0.10", "53", f"{real['gone']}:5310", ""): 1,
+        ("backend_gone", "tcp", "10.96.0.11", "80", f"{real['gone']}:8011", ""): 1,
+        ("backend_gone", "udp", "10.96.0.12", "53", f"{real['gone']}:5312", ""): 1,
     }
-    silent = {("backend_silent", "udp", "10.96.0.14", "514", f"{real['alive']}:5314"): 1}
+    silent = {("backend_silent", "udp", "10.96.0.14", "514", f"{real['alive']}:5314", ""): 1}
     dumps = [{tuple(labels): value for labels, value in dump if value} for dump in real["dumps"]]
     assert dumps[0] == {}
     assert dumps[-1] == gone | silent
@@ -759,7 +906,9 @@ def test_real_backends_that_are_gone() -> None:
     assert (drained["established"], drained["reply_src"]) == (True, real["alive"])
     (slow,) = [row for row in real["tool"] if row["dst"] == "10.96.0.15"]
     assert slow["unreplied"] is False
-    assert set(real["signals"].values()) == {None}
+    assert {signal: reason for signal, reason in real["signals"].items() if reason} == {
+        "conntrack_endpoints": "not_enabled"
+    }
     unknown = {tuple(labels): value for labels, value in real["unknown"] if value}
     assert unknown.keys() == {
         ("unreplied", *labels[1:]) for labels in (*gone, *silent) if labels[2] in {"10.96.0.10", "10.96.0.14"}

@@ -232,6 +232,35 @@ def test_reading_events_ends_and_tells_of_losses() -> None:
         read_events(events, 2)
 
 
+OVERFLOW = """
+import json, subprocess
+from shoal.kernel.netlink.neighbours import open_events, read_events
+run = lambda *command, **more: subprocess.run(["ip", *command], check=True, text=True, **more)
+run("link", "add", "a0", "type", "veth", "peer", "name", "a1")
+run("link", "set", "a0", "up")
+with open_events() as events:
+    macs = [f"02:00:00:00:{n >> 8:02x}:{n & 255:02x}" for n in range(4000)]
+    lines = [f"neigh replace 10.8.0.1 lladdr {mac} nud stale dev a0" for mac in macs]
+    run("-batch", "-", input="\\n".join(lines))
+    many, lost = read_events(events, 100_000)
+    run("neigh", "replace", "10.9.0.1", "lladdr", "02:00:00:00:ff:ff", "nud", "stale", "dev", "a0")
+    after, again = read_events(events, 100)
+told = {event.key.address.hex() for event in after if event.neighbour.mac == bytes.fromhex("02000000ffff")}
+print(json.dumps([len(many), lost, again, sorted(told)]))
+"""
+
+
+@pytest.mark.root
+def test_the_kernel_tells_of_a_receive_buffer_that_overflowed() -> None:
+    """Four thousand changes of one entry that nobody read: some are lost, it is told, and the next one is heard."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = ["unshare", "--net", sys.executable, "-c", OVERFLOW]
+    answer = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    heard, lost, again, told = json.loads(answer.stdout)
+    assert 0 < heard < 4000
+    assert (lost, again, told) == (True, False, ["0a090001"])
+
+
 def test_the_kernel_gives_notifications_to_anyone() -> None:
     """The socket opens without a privilege, does not wait, and begins empty."""
     with open_events() as events:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from ipaddress import ip_address
 from socket import IPPROTO_ICMP, IPPROTO_ICMPV6, IPPROTO_SCTP, IPPROTO_TCP, IPPROTO_UDP
 from typing import TYPE_CHECKING, ClassVar
 
-from shoal.census import Census, Staleness, Surroundings, take
+from shoal.census import Census, Stale, Staleness, Surroundings, take
 from shoal.collectors import Collector, register
 from shoal.families import Family, KeptSums, Metric
 from shoal.inventory import NETNS_LABELS
@@ -32,7 +33,10 @@ if TYPE_CHECKING:
     from socket import socket
 
     from shoal.inventory import LabelledNamespace, Node
+    from shoal.kernel.netlink.conntrack_entries import Entry
     from shoal.kernel.netlink.core import SocketOpener, Subsystem
+    from shoal.kubernetes.endpoints import Endpoints
+    from shoal.kubernetes.watch import EndpointWatch
     from shoal.settings import Settings
 
 __all__ = ["ConntrackCollector"]
@@ -152,12 +156,28 @@ STALE_ENTRIES = Metric(
     "shoal_conntrack_stale_entries",
     "gauge",
     "Connections that were sent to a service (destination), were translated to a backend, and have been renewed since "
-    "the dump before without an answer. Reason backend_gone: no NAT rule leads to the backend any more; unreplied: it "
-    "never answered, and the rules are not known in full; backend_silent: it never answered, and a rule still leads to "
-    f"it. The top {_MOST}, and what is beyond them as destination other. Estimated where the dump was cut short.",
-    "nfnetlink IPCTNL_MSG_CT_GET, CTA_STATUS, CTA_TIMEOUT; NFT_MSG_GETRULE",
-    ("reason", "protocol", "destination", "destination_port", "backend"),
+    "the dump before without an answer. Reason backend_gone: no NAT rule leads to the backend any more, or no "
+    "EndpointSlice has it where the rules are not known in full; unreplied: it never answered, and neither are known; "
+    "backend_silent: it never answered, and is still a backend. kubernetes_service is namespace/name, with "
+    f"--kubernetes.endpoints. The top {_MOST}, and what is beyond them as destination other. Estimated where the dump "
+    "was cut short.",
+    "nfnetlink IPCTNL_MSG_CT_GET, CTA_STATUS, CTA_TIMEOUT; NFT_MSG_GETRULE; EndpointSlices",
+    ("reason", "protocol", "destination", "destination_port", "backend", "kubernetes_service"),
     tier=2,
+)
+ENDPOINTS = Metric(
+    "shoal_conntrack_endpoints",
+    "gauge",
+    "Backends of the cluster's services that live or are being drained (addresses, ports and protocols of "
+    "EndpointSlices), with --kubernetes.endpoints.",
+    "API server, endpointslices of discovery.k8s.io/v1",
+)
+ENDPOINTS_AGE = Metric(
+    "shoal_conntrack_endpoints_age_seconds",
+    "gauge",
+    "Time since the API server last told of EndpointSlices or that nothing has changed, which it does once a minute. "
+    "While the watch is broken off no backend is called gone for what the slices say.",
+    "measured",
 )
 DUMP_AGE = Metric(
     "shoal_conntrack_dump_age_seconds",
@@ -218,6 +238,8 @@ class _Dump:
     """Makes the exception that tells why there is no census."""
     backends: NatBackends | None = None
     backends_failure: Callable[[], Exception] | None = None
+    services: dict[Stale, str] = field(default_factory=dict)
+    """{one of the top stale mappings: namespace/name of the Kubernetes service that its backend belongs to}"""
 
 
 @register
@@ -241,6 +263,8 @@ class ConntrackCollector(Collector):
         PORTS_USED,
         PORTS_AVAILABLE,
         STALE_ENTRIES,
+        ENDPOINTS,
+        ENDPOINTS_AGE,
         DUMP_AGE,
         DUMP_DURATION,
         DUMP_ENTRIES,
@@ -252,6 +276,7 @@ class ConntrackCollector(Collector):
         "conntrack_namespaces",
         "conntrack_dump",
         "conntrack_backends",
+        "conntrack_endpoints",
     )
 
     def __init__(self, settings: Settings) -> None:
@@ -260,6 +285,20 @@ class ConntrackCollector(Collector):
         self._sums: dict[str, KeptSums[str]] = {word: KeptSums() for word in _COUNTERS}
         self._thread: threading.Thread | None = None
         self._last: _Dump | None = None
+        self._watch: EndpointWatch | None = None
+        self._watching: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Begin to watch EndpointSlices, if that is asked for and there are dumps to compare them with."""
+        if self.settings.kubernetes_endpoints and self.settings.conntrack_dump_interval and not self._watching:
+            self._watch = await asyncio.to_thread(_load_watch)
+            self._watching = asyncio.create_task(self._watch.run())
+
+    async def stop(self) -> None:
+        """End the watch."""
+        if self._watching:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
 
     def read(self, node: Node) -> list[Family]:
         """Read the tables' sizes and counters, which anyone may, then what a dump tells, which needs CAP_NET_ADMIN."""
@@ -286,6 +325,13 @@ class ConntrackCollector(Collector):
                 raise Unavailable(Reason.NOT_READABLE, "without a dump there is nothing to compare NAT rules with")
             if dump.backends_failure:
                 raise dump.backends_failure()
+        with self.availability.reading("conntrack_endpoints"):
+            if self._watch is None:
+                why = "EndpointSlices are not watched (--kubernetes.endpoints, with dumps of the table)"
+                raise Unavailable(Reason.NOT_ENABLED, why)
+            if (age := self._watch.age) is not None:
+                families.append(Family(ENDPOINTS_AGE, [((), age)]))
+            families.append(Family(ENDPOINTS, [((), len(self._watch.current()))]))
         return families
 
     def _tables(self, node: Node) -> list[tuple[LabelledNamespace, ConntrackTable]]:
@@ -367,10 +413,12 @@ class ConntrackCollector(Collector):
                 backends_failure = _again(error)
             before = last.census if last and last.census and began - last.began < _COMPARABLE_SECONDS else None
             total = read_conntrack_totals(opener=table.opener).entries
+            own = read_local_addresses(table.proc, table.pid)
+            endpoints = self._endpoints()
             surroundings = Surroundings(
                 _owners(node) | dict.fromkeys(_LOOPBACK, table.labels),
-                read_local_addresses(table.proc, table.pid),
-                backends.leads_to if backends and not backends.empty else None,
+                own,
+                partial(_is_backend, backends if backends and not backends.empty else None, endpoints, own),
             )
             census = read_entries(
                 lambda entries: take(
@@ -387,7 +435,15 @@ class ConntrackCollector(Collector):
             self._last = _Dump(began, time.monotonic(), failure=_again(error))
         else:
             ended = time.monotonic()
-            self._last = _Dump(began, ended, table.labels[0], total, census, None, backends, backends_failure)
+            services = _services(census, endpoints)
+            self._last = _Dump(began, ended, table.labels[0], total, census, None, backends, backends_failure, services)
+
+    def _endpoints(self) -> Endpoints | None:
+        """Return the backends that EndpointSlices have, None unless these are watched and the watch is up to date."""
+        try:
+            return self._watch.current() if self._watch else None
+        except Unavailable:
+            return None
 
 
 def _check_that_it_tracks(node: Node) -> None:
@@ -474,6 +530,37 @@ def _backends(node: Node, table: _Table, known: NatBackends | None) -> NatBacken
     return backends
 
 
+def _load_watch() -> EndpointWatch:
+    """Import what talks to the API server, for those who have one to ask."""
+    from shoal.kubernetes.watch import EndpointWatch  # noqa: PLC0415
+
+    return EndpointWatch()
+
+
+def _is_backend(
+    rules: NatBackends | None, endpoints: Endpoints | None, own: frozenset[bytes], entry: Entry
+) -> bool | None:
+    """Tell whether a backend lives: by EndpointSlices, which have those that are being drained too, else by NAT rules.
+
+    Where the rules are not known, a backend that no slice has is gone, unless the connection was sent to the node
+    itself: what answers a published port of a container need be no service's backend. A cluster without any backend,
+    like rules that lead nowhere, says that somebody else translates here.
+    """
+    if endpoints and endpoints.lives(entry.reply_source, entry.reply_source_port, entry.protocol):
+        return True
+    if rules:
+        return rules.leads_to(entry.reply_source, entry.reply_source_port)
+    return False if endpoints and entry.destination not in own else None
+
+
+def _services(census: Census, endpoints: Endpoints | None) -> dict[Stale, str]:
+    """Return whose the backends are that the top stale mappings lead to."""
+    if endpoints is None:
+        return {}
+    top = [stale for stale, _ in census.stale.top(_MOST)]
+    return {stale: endpoints.service(stale.backend, stale.backend_port, stale.protocol) for stale in top}
+
+
 def _who(dump: _Dump) -> list[Family]:
     """Turn a census into families."""
     census = dump.census
@@ -488,7 +575,7 @@ def _who(dump: _Dump) -> list[Family]:
         _by_destination(census, scale),
         _by_ports(census, scale),
         Family(PORTS_AVAILABLE, [((), _AVAILABLE_PORTS)]),
-        _stale(census, scale),
+        _stale(census, dump.services, scale),
         age,
         Family(DUMP_DURATION, [((), dump.ended - dump.began)]),
         Family(DUMP_ENTRIES, [((), census.entries)]),
@@ -526,14 +613,15 @@ def _by_ports(census: Census, scale: float) -> Family:
     return _scaled(PORTS_USED, rows, scale)
 
 
-def _stale(census: Census, scale: float) -> Family:
-    rows: dict[tuple[str, ...], int] = {(reason.value, "", "other", "", ""): 0 for reason in Staleness}
+def _stale(census: Census, services: dict[Stale, str], scale: float) -> Family:
+    rows: dict[tuple[str, ...], int] = {(reason.value, "", "other", "", "", ""): 0 for reason in Staleness}
     for rank, (stale, count) in enumerate(census.stale.top(census.stale.total)):
         backend = _address(stale.backend)
         place = f"[{backend}]:{stale.backend_port}" if ":" in backend else f"{backend}:{stale.backend_port}"
-        labels = (stale.reason.value, _protocol(stale.protocol), _address(stale.address), str(stale.port), place)
+        which = (_protocol(stale.protocol), _address(stale.address), str(stale.port), place, services.get(stale, ""))
+        labels = (stale.reason.value, *which)
         if rank >= _MOST:
-            labels = (stale.reason.value, "", "other", "", "")
+            labels = (stale.reason.value, "", "other", "", "", "")
         rows[labels] = rows.get(labels, 0) + count
     return _scaled(STALE_ENTRIES, rows, scale)
 
