@@ -626,9 +626,11 @@ def many() -> dict[str, Any]:
         nonlocal lag
         running = asyncio.create_task(asyncio.to_thread(dump))
         while not running.done():
-            before = time.perf_counter()
+            before, worked = time.perf_counter(), time.process_time()
             await asyncio.sleep(0.005)
-            lag = max(lag, time.perf_counter() - before - 0.005)
+            late, worked = time.perf_counter() - before - 0.005, time.process_time() - worked
+            # Late only by as much as this process worked meanwhile: the rest is the doing of others on this machine.
+            lag = max(lag, min(late, worked))
         await running
 
     asyncio.run(watch())
