@@ -1,11 +1,11 @@
 #!/bin/sh
 # Run a command under a stock Debian kernel, in a virtual machine without KVM, with this machine's files (read-only).
 #
-#   tests/vm.sh [-w DIR] [-a KERNEL_ARGUMENT]... VERSION -- COMMAND [ARGUMENT]...
+#   tests/vm.sh [-w DIR] [-m MEMORY] [-a KERNEL_ARGUMENT]... VERSION -- COMMAND [ARGUMENT]...
 #   tests/vm.sh 6.1 -- uname -r
 #   tests/vm.sh -w /tmp/out -a psi=0 6.12 -- python3 tests/record_fixtures.py /tmp/out/6.12
 #
-# VERSION is 5.10, 6.1 or 6.12. DIR is the only directory that the command can write to and that outlives the machine.
+# VERSION is 5.10, 6.1 or 6.12; MEMORY is 1G unless told otherwise. DIR is the only directory that the command can write to and that outlives the machine.
 # The command runs as root with SHOAL_VM=1 set; its output and its exit status become this script's. Kernels and
 # virtme-ng are fetched once, with apt and pip as they are configured here, into a cache outside the repository.
 # SHOAL_VM_TIMEOUT is in seconds (180); SHOAL_VM_CACHE moves the cache.
@@ -21,11 +21,13 @@ fail() {
 
 share=
 arguments=
-while getopts w:a: option; do
+memory=1G
+while getopts w:a:m: option; do
     case $option in
     w) mkdir -p "$OPTARG" && share=$(cd "$OPTARG" && pwd) ;;
+    m) memory=$OPTARG ;;
     a) arguments="$arguments --append $OPTARG" ;;
-    *) fail "usage: vm.sh [-w DIR] [-a KERNEL_ARGUMENT]... VERSION -- COMMAND..." ;;
+    *) fail "usage: vm.sh [-w DIR] [-m MEMORY] [-a KERNEL_ARGUMENT]... VERSION -- COMMAND..." ;;
     esac
 done
 shift $((OPTIND - 1))
@@ -103,7 +105,7 @@ trap 'rm -rf "$run"' EXIT
 PATH=$cache/venv/bin:$PATH
 kernel=$cache/$version/boot/vmlinuz-$(cat "$cache/$version/release")
 # shellcheck disable=SC2086 # kernel arguments are separate words
-timeout --kill-after=10 "$limit" vng --verbose --disable-kvm --memory 1G --cpus 2 --run "$kernel" --user root $arguments \
+timeout --kill-after=10 "$limit" vng --verbose --disable-kvm --memory "$memory" --cpus 2 --run "$kernel" --user root $arguments \
     --rwdir "$run" ${share:+--rwdir "$share"} \
     -- "sh $run/command >$run/output 2>&1; echo \$? >$run/status" </dev/null >"$run/console" 2>&1 || true
 cat "$run/output" 2>/dev/null || true
