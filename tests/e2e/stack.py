@@ -28,7 +28,7 @@ from prometheus_client.parser import text_string_to_metric_families
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-__all__ = ["Namespace", "Stack", "Webhook", "start", "wait_for"]
+__all__ = ["Namespace", "Stack", "Webhook", "alertmanager", "receiving", "start", "wait_for"]
 
 REPOSITORY: Final = Path(__file__).parents[2]
 EXAMPLES: Final = REPOSITORY / "rules" / "examples"
@@ -119,9 +119,16 @@ class Webhook:
         with self._lock:
             return [one for one in self._alerts if one["status"] == status and one["labels"].get("netns") == netns]
 
+    def everything(self) -> list[dict[str, Any]]:
+        """Return every alert that came in, in order and as often as it came."""
+        with self._lock:
+            return list(self._alerts)
+
 
 @contextmanager
-def _webhook() -> Iterator[Webhook]:
+def receiving() -> Iterator[Webhook]:
+    """Serve the webhook on loopback."""
+
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             webhook.receive(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
@@ -182,11 +189,11 @@ def start(directory: Path, speed: int) -> Iterator[Stack]:
         message = f"{', '.join(missing)} must be installed"
         raise FileNotFoundError(message)
     with ExitStack() as stack:
-        webhook = stack.enter_context(_webhook())
+        webhook = stack.enter_context(receiving())
         exporter = stack.enter_context(_exporter(directory))
-        alertmanager = stack.enter_context(_alertmanager(directory, webhook))
+        alerts = stack.enter_context(alertmanager(directory, webhook))
         scrape = _scrape_configuration(exporter)
-        prometheus = stack.enter_context(_prometheus(directory, speed, scrape, alertmanager))
+        prometheus = stack.enter_context(_prometheus(directory, speed, scrape, alerts))
         yield Stack(exporter, prometheus, webhook, scrape["static_configs"][0]["labels"])
 
 
@@ -212,8 +219,11 @@ def _exporter(directory: Path) -> Iterator[int]:
 
 
 @contextmanager
-def _alertmanager(directory: Path, webhook: Webhook) -> Iterator[int]:
-    """Run the shipped example of a configuration, its receivers at the webhook, and without waiting for company."""
+def alertmanager(directory: Path, webhook: Webhook) -> Iterator[int]:
+    """Run the shipped example of a configuration, its receivers at the webhook, and without waiting for company.
+
+    Yields its port.
+    """
     configuration = _example("alertmanager.yaml")
     for receiver in configuration["receivers"]:
         for hook in receiver.get("webhook_configs", []):

@@ -1,14 +1,15 @@
-"""Records what Prometheus would scrape, for an hour, from a machine that is busy and well.
+r"""Records what Prometheus would scrape, for an hour, from a machine that is busy and well.
 
 Runs as root inside the virtual machine of tests/vm.sh; nothing here is made up but the names of pods and units:
 
-    SHOAL_VM_TIMEOUT=4800 tests/vm.sh -m 2G -w OUTDIR -a delayacct 6.12 -- .venv/bin/python tests/rules/record_hour.py OUTDIR 60
+    SHOAL_VM_TIMEOUT=4800 tests/vm.sh -m 2G -w OUTDIR -a delayacct 6.12 -- \
+        .venv/bin/python tests/rules/record_hour.py OUTDIR 60
 
 Every 30 seconds OUTDIR gets one file with the answer of /metrics. tests/rules/build_hour.py makes the test of them.
 
 The work: two pods that talk to each other through a service address (DNAT, as kube-proxy makes it), a pod that computes
-(stress-ng), a unit that compiles C, a Redis server that appends to a disk and a redis-benchmark in bursts, UDP requests to
-a resolver through the service, all with limits that they keep. Under emulation a machine is slow, so rates are low.
+(stress-ng), a unit that compiles C, a Redis server that appends to a disk and a redis-benchmark in bursts, UDP requests
+to a resolver through the service, all with limits that they keep. Under emulation a machine is slow, so rates are low.
 """
 
 from __future__ import annotations
@@ -114,8 +115,18 @@ def lay_out_pod(pod: tuple[str, str, str, str, str, int]) -> tuple[Path, str]:
 
 
 def lay_out_node() -> None:
-    """Give the machine a disk of its own, a directory for the kubelet's names, and services as kube-proxy makes them."""
-    for module in ("loop", "veth", "nf_conntrack", "nf_conntrack_netlink", "nft_ct", "nft_nat", "nft_masq", "tcp_diag", "udp_diag"):
+    """Give the machine a disk, a directory for the kubelet's names, and services as kube-proxy makes them."""
+    for module in (
+        "loop",
+        "veth",
+        "nf_conntrack",
+        "nf_conntrack_netlink",
+        "nft_ct",
+        "nft_nat",
+        "nft_masq",
+        "tcp_diag",
+        "udp_diag",
+    ):
         subprocess.run(["modprobe", module], check=False)
     run("mount", "-t", "tmpfs", "tmpfs", "/var/log")
     run("ip", "link", "set", "lo", "up")
@@ -209,6 +220,7 @@ def record(directory: Path, minutes: float) -> None:
     options = "--netns.enter=true --redis.discover=true --log.level=info --neighbours.watch=10.244.1.2"
     start(cgroup(EXPORTER), sys.executable, "-m", "shoal", *options.split(), f"--web.listen-address=127.0.0.1:{PORT}")
     say("everything is started")
+    (directory / "KERNEL").write_text(os.uname().release)
     # What starts is not what runs: a machine under emulation needs minutes until all programs are read from the share.
     due = time.monotonic() + 120
     for number in range(int(minutes * 60 / INTERVAL) + 1):
@@ -226,7 +238,13 @@ def record(directory: Path, minutes: float) -> None:
         due += INTERVAL
         (directory / f"{number:03}.prom.gz").write_bytes(gzip.compress(text, mtime=0))
         if number % 10 == 0:
-            say("scrape", number, len(text), f"{time.monotonic() - begun:.2f} s", Path("/proc/loadavg").read_text().strip())
+            say(
+                "scrape",
+                number,
+                len(text),
+                f"{time.monotonic() - begun:.2f} s",
+                Path("/proc/loadavg").read_text().strip(),
+            )
             for log in Path("/run").glob("*.log"):
                 shutil.copy(log, directory)
 
