@@ -1,7 +1,7 @@
 """Makes rules/tests/healthy_hour_test.yaml: no alert of the pack fires on a machine that is busy and well.
 
-    python tests/rules/build_hour.py            # `make rule-tests`: the alerts anew, the recorded series as they are
-    python tests/rules/build_hour.py DIRECTORY  # the series too, from what record_hour.py has written there
+    python -m tests.rules.build_hour            # `make rule-tests`: the alerts anew, the recorded series as they are
+    python -m tests.rules.build_hour DIRECTORY  # the series too, from what record_hour.py has written there
 
 A rule that is new needs no new recording: every series of the exporter is kept, whether a rule reads it today or not.
 """
@@ -17,11 +17,10 @@ from typing import Final
 
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
+from tests.rules.pack import HOUR, Sample, alerts
 
-__all__ = ["HOUR", "INTERVAL", "alerts", "compress", "expand", "render"]
+__all__ = ["INFORMED", "INTERVAL", "compress", "render"]
 
-RULES: Final = Path(__file__).parents[2] / "rules"
-HOUR: Final = RULES / "tests" / "healthy_hour_test.yaml"
 INTERVAL: Final = 30
 """Seconds between two scrapes of the recording."""
 MINUTES: Final = 60
@@ -48,16 +47,6 @@ tests:
     input_series:
 """
 _SAMPLES_MARK: Final = "    # Of all alerts at any moment of the hour, whatever their names.\n"
-
-Sample = float | None
-"""A value, or None where a scrape has none."""
-
-
-def alerts() -> dict[str, str]:
-    """Return the severity of every alert of the pack by name."""
-    files = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in sorted(RULES.glob("*.yaml"))]
-    rules = [rule for file in files for group in file["groups"] for rule in group["rules"]]
-    return {rule["alert"]: rule["labels"]["severity"] for rule in rules if "alert" in rule}
 
 
 def number(value: float) -> str:
@@ -113,20 +102,6 @@ def _word(value: float, step: float, run: int) -> str:
     return f"{number(value)}{'+' if step > 0 else '-'}{number(abs(step))}x{run}"
 
 
-def expand(values: str) -> list[Sample]:
-    """Read what `compress` has written."""
-    samples: list[Sample] = []
-    for word in values.split():
-        what, _, count = word.partition("x")
-        if what in ("_", "stale"):
-            samples += [None] * (int(count) if count else 1)
-            continue
-        sign = -1 if "-" in what[1:] else 1
-        first, _, step = what.replace("-", "+").partition("+") if sign < 0 else what.partition("+")
-        samples += [float(first) + sign * float(step or 0) * place for place in range(int(count or 0) + 1)]
-    return samples
-
-
 def recorded(directory: Path) -> dict[str, list[Sample]]:
     """Return {series: samples} of the files that record_hour.py has written; a scrape that failed is an empty one."""
     texts = [gzip.decompress(file.read_bytes()).decode() for file in sorted(directory.glob("*.prom.gz"))]
@@ -165,7 +140,7 @@ def render(head: str, series: dict[str, str]) -> str:
 
 def main(arguments: list[str]) -> None:
     """Write the file. Exits with a sentence if there is nothing to make it of, or a declared alert is not info."""
-    if wrong := sorted(name for name in INFORMED if alerts().get(name) != "info"):
+    if wrong := sorted(name for name in INFORMED if alerts()[name]["labels"]["severity"] != "info"):
         sys.exit(
             f"build_hour.py: {', '.join(wrong)} may not fire on a healthy machine: only alerts of severity info may"
         )

@@ -9,25 +9,38 @@ from __future__ import annotations
 import re
 import subprocess
 from collections import Counter
-from pathlib import Path
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import promql_parser
 import pytest
-import yaml
-
-from shoal.collectors import catalogue
-from shoal.scrape import DURATION, SUCCESS
-from shoal.server import BUILD_INFO
+from tests.rules.pack import (
+    FILES,
+    FOREIGN,
+    IDENTITY,
+    RULES,
+    SIGNAL_TESTS,
+    TARGET,
+    TESTS,
+    Series,
+    alerts,
+    exported,
+    expressions,
+    labels_of,
+    load,
+    parsed,
+    recorded,
+    rules,
+    selectors,
+    walk,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from pytest_subprocess import FakeProcess
 
-RULES = Path(__file__).parents[2] / "rules"
-FILES = sorted(RULES.glob("*.yaml"))
-TESTS = sorted((RULES / "tests").glob("*_test.yaml"))
 EXAMPLES = RULES / "examples"
 RUNBOOKS = RULES / "runbooks"
 
@@ -37,20 +50,6 @@ HEADINGS = ["Meaning", "Impact", "Confirm", "Rule out", "Mitigate", "Prevent"]
 RUNBOOK_URL = "https://github.com/shoal-exporter/shoal/blob/main/rules/runbooks/{}.md"
 DASHBOARD_URL = "/d/shoal-node/shoal-node?var-cluster={{ $labels.cluster }}&var-node={{ $labels.node }}"
 
-# What others export and the pack takes as proof that a node is there, with the labels that it looks at.
-FOREIGN = {
-    "up": set(),
-    "node_uname_info": {"nodename", "sysname"},
-    "kubelet_node_name": set(),
-    "kube_node_info": {"os_image"},
-    "kube_node_status_condition": {"condition", "status"},
-}
-# What a scrape adds to every series; `exported_` is what becomes of a label where honor_labels is off.
-TARGET = {"cluster", "node", "job", "instance", "namespace", "pod", "container", "service", "endpoint", "prometheus"}
-TARGET |= {"zone", "exported_namespace", "exported_pod", "exported_container"}
-
-_SERIES = re.compile(r"(?P<name>[a-zA-Z_:][a-zA-Z0-9_:]*)\{(?P<labels>.*)\}\Z")
-_LABEL = re.compile(r'([a-z_]+)="')
 _MINUTES = re.compile(r"\A[0-9]+m\Z")
 
 
@@ -68,65 +67,9 @@ def run(*command: str) -> str:
     return said
 
 
-def load(file: Path) -> dict[str, Any]:
-    """Return the content of a YAML file."""
-    content: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
-    return content
-
-
-def rules(file: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rules of one file, recording and alerting."""
-    for group in load(file)["groups"]:
-        yield from group["rules"]
-
-
-def alerts() -> dict[str, dict[str, Any]]:
-    """Return every alert of the pack by name."""
-    return {rule["alert"]: rule for file in FILES for rule in rules(file) if "alert" in rule}
-
-
-def recorded() -> dict[str, str]:
-    """Return the expression of every recorded series by name."""
-    return {rule["record"]: rule["expr"] for file in FILES for rule in rules(file) if "record" in rule}
-
-
-def exported() -> dict[str, set[str]]:
-    """Return the label names of every metric that the exporter can export, by name."""
-    metrics = [*catalogue().values(), SUCCESS, DURATION, BUILD_INFO]
-    series: dict[str, set[str]] = {}
-    for metric in metrics:
-        labels = set(metric.labels)
-        if metric.type == "histogram":
-            without = labels - {"le"}
-            series |= {f"{metric.name}_bucket": labels, f"{metric.name}_count": without, f"{metric.name}_sum": without}
-        else:
-            series[metric.name] = labels
-    return series
-
-
-def selectors(expression: Any) -> Iterator[promql_parser.VectorSelector]:
-    """Yield the series selectors of a parsed expression."""
-    match expression:
-        case promql_parser.VectorSelector():
-            yield expression
-        case promql_parser.MatrixSelector():
-            yield expression.vector_selector
-        case promql_parser.BinaryExpr():
-            yield from selectors(expression.lhs)
-            yield from selectors(expression.rhs)
-        case promql_parser.Call():
-            for argument in expression.args:
-                yield from selectors(argument)
-        case promql_parser.NumberLiteral() | promql_parser.StringLiteral():
-            return
-        case _:
-            # Aggregations, subqueries, parentheses and signs have one expression inside.
-            yield from selectors(expression.expr)
-
-
 def expected_alerts() -> Iterator[tuple[str, list[Any]]]:
     """Yield the alert and the expected instances of every case in every test."""
-    for file in TESTS:
+    for file in SIGNAL_TESTS:
         for test in load(file)["tests"]:
             for case in test.get("alert_rule_test", []):
                 yield case["alertname"], case["exp_alerts"]
@@ -208,11 +151,15 @@ def test_failing_promtool_is_shown(fp: FakeProcess) -> None:
 
 
 def test_every_file_has_its_groups_and_its_test() -> None:
-    """One file per signal, with a recording group and an alerting group of its name, and a test file beside."""
+    """One file per signal, a group of what it records and one of what it alerts on (if it does), and a test file."""
     for file in FILES:
-        names = [group["name"] for group in load(file)["groups"]]
-        assert names == [f"shoal.{file.stem}.rules", f"shoal.{file.stem}"]
-    assert [file.name for file in TESTS] == [f"{file.stem}_test.yaml" for file in FILES]
+        groups = {group["name"]: group["rules"] for group in load(file)["groups"]}
+        expected = {f"shoal.{file.stem}.rules": "record", f"shoal.{file.stem}": "alert"}
+        assert list(groups) == [name for name in expected if name in groups]
+        for name, found in groups.items():
+            assert found
+            assert all(expected[name] in rule for rule in found)
+    assert [file.name for file in SIGNAL_TESTS] == [f"{file.stem}_test.yaml" for file in FILES]
 
 
 def test_every_alert_fires_once_and_is_silent_twice() -> None:
@@ -231,6 +178,8 @@ def test_alert_is_complete(name: str) -> None:
     assert re.fullmatch(r"Shoal[A-Z][A-Za-z]+", name)
     assert alert["labels"].keys() == {"severity", "signal"}
     assert alert["labels"]["severity"] in SEVERITIES
+    # A value among the labels would make another alert of it whenever it changes.
+    assert "{{" not in alert["labels"]["severity"] + alert["labels"]["signal"]
     assert name in {rule.get("alert") for rule in rules(RULES / f"{alert['labels']['signal']}.yaml")}
     assert alert["annotations"].keys() == ANNOTATIONS
     assert "{{" not in alert["annotations"]["summary"]
@@ -254,26 +203,69 @@ def test_every_runbook_has_its_alert_and_its_headings() -> None:
         assert mentioned <= alerts().keys()
 
 
-def test_every_metric_in_a_rule_exists() -> None:
+@pytest.mark.parametrize(("rule", "expression"), sorted(expressions().items()))
+def test_every_metric_in_a_rule_exists(rule: str, expression: str) -> None:
     """Rules select what the exporter exports, what the pack records, or a named few of others, by labels these have."""
-    known, own = exported(), recorded()
-    expressions = [rule["expr"] for file in FILES for rule in rules(file)]
-    for selector in (found for expression in expressions for found in selectors(promql_parser.parse(expression))):
-        name, labels = selector.name or "", {matcher.name for matcher in selector.matchers.matchers}
-        assert name in known or name in own or name in FOREIGN, name
-        allowed = TARGET | known.get(name, set()) | FOREIGN.get(name, set())
-        # A recorded series has labels of what it was made of, and those alone.
-        for made_of in selectors(promql_parser.parse(own[name])) if name in own else ():
-            allowed |= known.get(made_of.name or "", set())
-        assert labels <= allowed, str(selector)
+    for selector in selectors(expression):
+        assert selector.name in exported().keys() | recorded().keys() | FOREIGN.keys(), rule
+        assert {matcher.name for matcher in selector.matchers.matchers} <= TARGET | labels_of(selector.name), rule
+
+
+@pytest.mark.parametrize(("rule", "expression"), sorted(expressions().items()))
+def test_no_rule_depends_on_how_it_is_scraped(rule: str, expression: str) -> None:
+    """No job or instance is written down, and a result is of exporters that have a node alone."""
+    for selector in selectors(expression):
+        assert not {matcher.name for matcher in selector.matchers.matchers} & IDENTITY, rule
+    for selector in deciding(parsed(expression)):
+        # Without a node one machine cannot be told from another; the alert that says so looks for just these.
+        named = {matcher.name for matcher in selector.matchers.matchers}
+        assert selector.name not in exported() or named & {"node", "exported_pod"}, rule
+
+
+def deciding(expression: Any) -> Iterator[promql_parser.VectorSelector]:
+    """Yield the selectors whose series a result has: of all operators but `or`, the left side's."""
+    for part in walk(expression):
+        if isinstance(part, promql_parser.BinaryExpr):
+            yield from deciding(part.lhs)
+            if str(part.op) == "or":
+                yield from deciding(part.rhs)
+            return
+        if isinstance(part, promql_parser.VectorSelector):
+            yield part
+
+
+@pytest.mark.parametrize(("rule", "expression"), sorted(expressions().items()))
+def test_windows_hold_four_scrapes(rule: str, expression: str) -> None:
+    """A counter is looked at over four scrapes of a minute at least, so that one that is missed changes little."""
+    for call in (part for part in walk(parsed(expression)) if isinstance(part, promql_parser.Call)):
+        if call.func.name in ("rate", "increase", "changes"):
+            assert call.args[0].range >= timedelta(minutes=4), rule
+        assert call.func.name not in ("irate", "idelta"), rule
+
+
+@pytest.mark.parametrize(("rule", "expression"), sorted(expressions().items()))
+def test_no_ratio_of_nothing(rule: str, expression: str) -> None:
+    """What is divided by is compared with a number first, so that it is neither 0 nor the noise of a handful."""
+    for part in walk(parsed(expression)):
+        if isinstance(part, promql_parser.BinaryExpr) and str(part.op) == "/":
+            assert bounded(part.rhs), rule
+
+
+def bounded(divisor: Any) -> bool:
+    """Tell whether a divisor is a number, or a comparison with one."""
+    while isinstance(divisor, promql_parser.ParenExpr) or (
+        isinstance(divisor, promql_parser.AggregateExpr) and str(divisor.op) in ("max", "min", "sum")
+    ):
+        divisor = divisor.expr
+    if isinstance(divisor, promql_parser.BinaryExpr):
+        return str(divisor.op) in (">", ">=") and isinstance(divisor.rhs, promql_parser.NumberLiteral)
+    return isinstance(divisor, promql_parser.NumberLiteral)
 
 
 def test_every_recorded_series_is_used_or_is_a_roll_up() -> None:
-    """What nobody reads is not recorded, but for the roll-ups by node and cluster that dashboards need."""
-    used = {
-        found.name for file in FILES for rule in rules(file) for found in selectors(promql_parser.parse(rule["expr"]))
-    }
-    assert {name for name in recorded().keys() - used if not name.startswith(("node:", "cluster:"))} == set()
+    """What nobody reads is not recorded, but for the roll-ups by pod, node and cluster that dashboards need."""
+    used = {found.name for expression in expressions().values() for found in selectors(expression)}
+    assert {name for name in recorded().keys() - used if not name.startswith(("pod:", "node:", "cluster:"))} == set()
 
 
 @pytest.mark.parametrize("name", sorted(recorded()))
@@ -283,15 +275,12 @@ def test_recorded_name(name: str) -> None:
     assert re.fullmatch(r"[a-z_]+", level)
     assert metric.startswith("shoal_")
     assert not metric.endswith("_total")
-    assert re.fullmatch(r"[a-z]+([0-9]+m)?", operations)
+    assert re.fullmatch(r"[a-z]+([0-9]+m?)?", operations)
 
 
-def test_every_series_in_a_test_exists() -> None:
+@pytest.mark.parametrize("file", TESTS, ids=lambda file: file.name)
+def test_every_series_in_a_test_exists(file: Path) -> None:
     """A misspelt metric or label in a silent case would pass for ever, so both must be ones that can be there."""
-    known = exported() | FOREIGN
-    for file in TESTS:
-        for series in (one["series"] for test in load(file)["tests"] for one in test["input_series"]):
-            match = _SERIES.match(series)
-            assert match, series
-            assert match["name"] in known, series
-            assert set(_LABEL.findall(match["labels"])) <= known[match["name"]] | TARGET, series
+    for series in (Series.read(one) for test in load(file)["tests"] for one in test["input_series"]):
+        assert series.name in exported() or series.name in FOREIGN
+        assert series.labels.keys() <= labels_of(series.name) | TARGET, series.name
