@@ -113,13 +113,13 @@ def expand(values: str) -> list[Sample]:
 
 @cache
 def load(file: Path) -> dict[str, Any]:
-    """Return the content of a YAML file."""
+    """Return the content of a YAML file, all scalars as the text that they are: to YAML 0x60 would be a number."""
     content: dict[str, Any] = yaml.load(file.read_text(encoding="utf-8"), _Loader)  # noqa: S506  (a safe loader)
     return content
 
 
 # The same loader in C, many times as fast, where PyYAML has been built with it.
-_Loader: Final = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_Loader: Final = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
 
 
 def rules(file: Path) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,242 @@
+"""What the rule pack costs a Prometheus that sees a thousand nodes: `python -m tests.bench.rules`.
+
+A node is the recorded one of rules/tests/healthy_hour_test.yaml, its pods repeated until it has thirty, and it runs on
+as it did on average in that hour. One node in fifty has a full connection tracking table, one pod in a hundred is
+throttled at memory.high. Each target stands for many nodes, so that a thousand need no thousand servers. A real
+Prometheus scrapes them with the series that the pack reads, loads the whole pack, and says how long each group took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import yaml
+from tests.bench.target import machine
+from tests.rules.pack import FILES, HOUR, RULES, Series, expressions, load, raw_metrics
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+INTERVAL: Final = 30
+"""Seconds between two scrapes and two evaluations, as in the example configuration."""
+MOST_OF_INTERVAL: Final = 0.5
+"""The part of its interval that a group's evaluation may take."""
+NODES_PER_TARGET: Final = 50
+
+_HOST: Final = "127.0.0.1"
+_SICK_NODE: Final = 50
+_SICK_POD: Final = 100
+
+
+class Line(NamedTuple):
+    """One series of a node: the text before its value, what it starts with and how much it grows in a second."""
+
+    text: str
+    start: float
+    growth: float
+
+
+class Node(NamedTuple):
+    """What every node has, and what each pod of the recorded one has, with {node}, {namespace} and {pod} to fill."""
+
+    own: list[Line]
+    pods: list[list[Line]]
+
+
+def say(text: str) -> None:
+    """Write to standard output, at once."""
+    print(text, flush=True)  # noqa: T201  (a benchmark prints)
+
+
+def template() -> Node:
+    """Return the recorded node, with the metrics that the pack reads and nothing else."""
+    read = {metric for expression in expressions().values() for metric in raw_metrics(expression)}
+    own: list[Line] = []
+    pods: dict[str, list[Line]] = {}
+    for content in load(HOUR)["tests"][0]["input_series"]:
+        series = Series.read(content)
+        values = [value for value in series.samples if value is not None]
+        if series.name not in read - {"up"} or not values:
+            continue
+        labels = series.labels | {"node": "{node}"}
+        for scraped in ("job", "instance"):
+            labels.pop(scraped)
+        counted = series.name.endswith(("_total", "_bucket", "_sum", "_count"))
+        growth = max(0.0, values[-1] - values[0]) / (len(series.samples) * INTERVAL) if counted else 0.0
+        if pod := labels.get("pod"):
+            labels |= {"namespace": "{namespace}", "pod": "{pod}"}
+        pairs = ",".join(f'{name}="{value}"' for name, value in labels.items())
+        (pods.setdefault(pod, []) if pod else own).append(Line(f"{series.name}|{pairs}", values[-1], growth))
+    for proof in ("node_uname_info", 'kube_node_status_condition|condition="Ready",status="true"'):
+        name, _, labels_text = proof.partition("|")
+        own.append(Line(f'{name}|cluster="east",node="{{node}}",{labels_text}'.rstrip(","), 1.0, 0.0))
+    return Node(own, list(pods.values()))
+
+
+def lay_out(node: Node, number: int, pods: int) -> Iterator[Line]:
+    """Yield the series of one node of the fleet."""
+    name = f"node-{number:04}"
+    for line in node.own:
+        start, growth = line.start, line.growth
+        if number % _SICK_NODE == 0 and line.text.startswith("shoal_conntrack_drop_total"):
+            growth = 5.0
+        if number % _SICK_NODE == 0 and line.text.startswith("shoal_conntrack_entries"):
+            start = 1e9
+        yield Line(_finish(line.text, node=name), start, growth)
+    for place in range(pods):
+        whole = number * pods + place
+        for line in node.pods[place % len(node.pods)]:
+            growth = line.growth
+            if whole % _SICK_POD == 0 and line.text.startswith(("shoal_memory_events_total", "shoal_pressure_")):
+                growth = 0.6
+            filled = _finish(line.text, node=name, namespace=f"team-{place % 7}", pod=f"app-{place}-{whole:08x}")
+            yield Line(filled, line.start, growth)
+
+
+def _finish(text: str, **values: str) -> str:
+    for name, value in values.items():
+        text = text.replace(f"{{{name}}}", value)
+    return f"{text.replace('|', '{', 1)}}} "
+
+
+@contextmanager
+def serving(targets: list[list[Line]]) -> Iterator[int]:
+    """Serve /<number> for each target, its counters growing from now on; yield the port."""
+    begun = time.monotonic()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            passed = time.monotonic() - begun
+            lines = targets[int(self.path.rpartition("/")[2])]
+            body = "".join([f"{text}{start + growth * passed:.10g}\n" for text, start, growth in lines]).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "text/plain; version=0.0.4")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_arguments: object) -> None:
+            """Say nothing."""
+
+    with ThreadingHTTPServer((_HOST, 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server.server_address[1]
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@contextmanager
+def prometheus(directory: Path, port: int, targets: int) -> Iterator[str]:
+    """Run Prometheus with the whole pack and yield its address."""
+    jobs = [
+        {
+            "job_name": f"shoal-{number:02}",
+            "honor_labels": True,
+            "metrics_path": f"/{number}",
+            "static_configs": [{"targets": [f"{_HOST}:{port}"]}],
+        }
+        for number in range(targets)
+    ]
+    configuration = {
+        "global": {"scrape_interval": f"{INTERVAL}s", "evaluation_interval": f"{INTERVAL}s"},
+        "rule_files": [f"{RULES}/*.yaml"],
+        "scrape_configs": jobs,
+    }
+    file = directory / "prometheus.yaml"
+    file.write_text(yaml.safe_dump(configuration), encoding="utf-8")
+    with (directory / "log").open("w+", encoding="utf-8") as log:
+        command = ["prometheus", f"--config.file={file}", f"--storage.tsdb.path={directory / 'data'}"]
+        process = subprocess.Popen([*command, f"--web.listen-address={_HOST}:0"], stdout=log, stderr=log)
+        try:
+            yield f"http://{_HOST}:{_port(process)}"
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def _port(process: subprocess.Popen[bytes]) -> int:
+    """Return the port that the process listens on. Raises `RuntimeError` if it ends first."""
+    while process.poll() is None:
+        sockets = subprocess.run(["ss", "-Hltnp"], check=True, capture_output=True, text=True).stdout
+        if own := re.search(rf" {re.escape(_HOST)}:([0-9]+) .*\bpid={process.pid},", sockets):
+            return int(own[1])
+        time.sleep(0.2)
+    raise RuntimeError(f"prometheus ended with {process.returncode}")
+
+
+def ask(url: str) -> Any:
+    """Return the data of an answer of Prometheus."""
+    with urllib.request.urlopen(url, timeout=60) as answer:  # noqa: S310  (loopback)
+        return json.load(answer)["data"]
+
+
+def report(address: str, worst: dict[str, float], begun: float) -> bool:
+    """Print a line for each group, and return whether all keep within their part of the interval."""
+    groups = ask(f"{address}/api/v1/rules")["groups"]
+    head = ask(f"{address}/api/v1/status/tsdb")["headStats"]
+    say(f"{machine()}\n{head['numSeries']:,} series in the head after {(time.monotonic() - begun) / 60:.0f} minutes\n")
+    say(f"{'group':28}{'rules':>6}{'firing':>8}{'last (s)':>10}{'worst (s)':>11}{'of interval':>13}")
+    failed = False
+    for group in sorted(groups, key=lambda group: -worst[group["name"]]):
+        name, interval = group["name"], group["interval"]
+        wrong = [rule for rule in group["rules"] if rule["health"] == "err"]
+        firing = sum(alert["state"] == "firing" for rule in group["rules"] for alert in rule.get("alerts", ()))
+        took = f"{group['evaluationTime']:>10.3f}{worst[name]:>11.3f}{worst[name] / interval:>13.1%}"
+        say(f"{name:28}{len(group['rules']):>6}{firing:>8}{took}")
+        for rule in wrong:
+            say(f"    {rule['name']}: {rule['lastError']}")
+        failed |= bool(wrong) or worst[name] > interval * MOST_OF_INTERVAL
+    say(f"{'all':28}{sum(len(group['rules']) for group in groups):>6}{'':8}{'':10}{sum(worst.values()):>11.3f}")
+    return not failed
+
+
+def main() -> None:
+    """Run for some minutes, print the table, and end with 1 if a rule failed or a group took too long."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--nodes", type=int, default=1000)
+    parser.add_argument("--pods", type=int, default=30, help="on each node")
+    parser.add_argument(
+        "--minutes", type=float, default=20, help="to run; the longest window that matters is 15 minutes"
+    )
+    options = parser.parse_args()
+    node = template()
+    fleet = [list(lay_out(node, number, options.pods)) for number in range(options.nodes)]
+    say(
+        f"{options.nodes} nodes with {options.pods} pods each, {sum(map(len, fleet)):,} series that the pack's"
+        f" {len(FILES)} files read"
+    )
+    targets = [
+        [line for each in fleet[first : first + NODES_PER_TARGET] for line in each]
+        for first in range(0, options.nodes, NODES_PER_TARGET)
+    ]
+    begun = time.monotonic()
+    worst: dict[str, float] = {}
+    with (
+        tempfile.TemporaryDirectory(prefix="shoal-bench-rules-") as directory,
+        serving(targets) as port,
+        prometheus(Path(directory), port, len(targets)) as address,
+    ):
+        while time.monotonic() < begun + options.minutes * 60:
+            time.sleep(min(INTERVAL / 2, options.minutes * 60))
+            for group in ask(f"{address}/api/v1/rules")["groups"]:
+                worst[group["name"]] = max(worst.get(group["name"], 0.0), group["evaluationTime"])
+        sys.exit(0 if report(address, worst, begun) else 1)
+
+
+if __name__ == "__main__":
+    main()
