@@ -18,7 +18,7 @@ from typing import Final
 from prometheus_client.parser import text_string_to_metric_families
 from tests.rules.pack import HOUR, Sample, alerts, load
 
-__all__ = ["INFORMED", "INTERVAL", "compress", "render"]
+__all__ = ["INFORMED", "INTERVAL", "MINUTES", "compress", "refreshed", "render"]
 
 INTERVAL: Final = 30
 """Seconds between two scrapes of the recording."""
@@ -138,14 +138,18 @@ def render(head: str, series: dict[str, str]) -> str:
     return "".join(lines)
 
 
+def refreshed() -> str:
+    """Return the file with the series that it has and the alerts that there are now."""
+    head, mark, _ = HOUR.read_text(encoding="utf-8").partition("    input_series:\n")
+    series = {one["series"]: one["values"] for one in load(HOUR)["tests"][0]["input_series"]}
+    return render(head + mark, series)
+
+
 def main(arguments: list[str]) -> None:
     """Write the file. Exits with a sentence if there is nothing to make it of, or a declared alert is not info."""
-    if wrong := sorted(
-        name for name in INFORMED.keys() & alerts().keys() if alerts()[name]["labels"]["severity"] != "info"
-    ):
-        sys.exit(
-            f"build_hour.py: {', '.join(wrong)} may not fire on a healthy machine: only alerts of severity info may"
-        )
+    known = {name: alert["labels"]["severity"] for name, alert in alerts().items()}
+    if wrong := sorted(name for name in INFORMED if known.get(name, "info") != "info"):
+        sys.exit(f"build_hour.py: {', '.join(wrong)} may not fire on a healthy machine, being more than info")
     if arguments:
         directory = Path(arguments[0])
         found = recorded(directory)
@@ -153,15 +157,12 @@ def main(arguments: list[str]) -> None:
             sys.exit(f"build_hour.py: {directory} has no recording (files named 000.prom.gz and so on)")
         kernel = (directory / "KERNEL").read_text(encoding="utf-8").strip()
         head = _HEAD.format(kernel=kernel, interval=INTERVAL)
-        series = {name: compress(samples) for name, samples in found.items()}
+        text = render(head, {name: compress(samples) for name, samples in found.items()})
     elif HOUR.exists():
-        text = HOUR.read_text(encoding="utf-8")
-        head, mark, _ = text.partition("    input_series:\n")
-        head += mark
-        series = {one["series"]: one["values"] for one in load(HOUR)["tests"][0]["input_series"]}
+        text = refreshed()
     else:
         sys.exit(f"build_hour.py: there is no {HOUR}; give the directory of a recording")
-    HOUR.write_text(render(head, series), encoding="utf-8")
+    HOUR.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,26 @@
+#!/bin/sh
+# Check the rule pack and run its tests with the promtool of a current Prometheus, which Debian does not have.
+#
+# `go install` refuses Prometheus because of the replace directives in its go.mod, so a module of our own requires it. Go
+# fetches and builds it once, which takes minutes, into a cache outside the repository. PROMTOOL_NEXT is a program to use
+# instead. Not part of `make test`, for that needs no Go.
+set -eu
+
+version=v0.305.0 # Prometheus 3.5, the long-term release
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/shoal-promtool/$version
+promtool=${PROMTOOL_NEXT:-$cache/promtool}
+
+if [ ! -x "$promtool" ]; then
+    command -v go >/dev/null || {
+        echo "next.sh: go is missing; install it, or name a promtool in PROMTOOL_NEXT" >&2
+        exit 1
+    }
+    mkdir -p "$cache"
+    printf 'module promtool\n\ngo 1.24\n' >"$cache/go.mod"
+    (cd "$cache" && go get -v "github.com/prometheus/prometheus/cmd/promtool@$version" &&
+        go build -o promtool github.com/prometheus/prometheus/cmd/promtool)
+fi
+cd "$(dirname "$0")/../../rules"
+"$promtool" --version
+"$promtool" check rules --lint=all --lint-fatal ./*.yaml
+"$promtool" test rules tests/*_test.yaml
