@@ -252,14 +252,19 @@ def test_no_ratio_of_nothing(rule: str, expression: str) -> None:
 
 
 def bounded(divisor: Any) -> bool:
-    """Tell whether a divisor is a number, or a comparison with one."""
-    while isinstance(divisor, promql_parser.ParenExpr) or (
-        isinstance(divisor, promql_parser.AggregateExpr) and str(divisor.op) in ("max", "min", "sum")
-    ):
-        divisor = divisor.expr
-    if isinstance(divisor, promql_parser.BinaryExpr):
-        return str(divisor.op) in (">", ">=") and isinstance(divisor.rhs, promql_parser.NumberLiteral)
-    return isinstance(divisor, promql_parser.NumberLiteral)
+    """Tell whether a divisor is a number, or has been compared with one, maybe when it was recorded."""
+    match divisor:
+        case promql_parser.NumberLiteral():
+            return True
+        case promql_parser.VectorSelector():
+            return divisor.name in recorded() and bounded(parsed(recorded()[divisor.name]))
+        case promql_parser.ParenExpr() | promql_parser.AggregateExpr():
+            return bounded(divisor.expr)
+        case promql_parser.BinaryExpr() if str(divisor.op) == "or":
+            return bounded(divisor.lhs) and bounded(divisor.rhs)
+        case promql_parser.BinaryExpr():
+            return str(divisor.op) in (">", ">=") and isinstance(divisor.rhs, promql_parser.NumberLiteral)
+    return False
 
 
 def test_every_recorded_series_is_used_or_is_a_roll_up() -> None:
