@@ -11,8 +11,10 @@ import subprocess
 from typing import TYPE_CHECKING, Final
 
 import pytest
+from hypothesis import given
+from hypothesis.strategies import integers, lists, none
 from tests.rules.build_hour import INFORMED, INTERVAL, MINUTES, compress, refreshed
-from tests.rules.pack import HOUR, RULES, Series, exported, expressions, load, raw_metrics
+from tests.rules.pack import HOUR, RULES, Series, expand, exported, expressions, load, raw_metrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -95,6 +97,14 @@ def test_is_busy() -> None:
     assert last["shoal_redis_aof_enabled"] == 1
     assert last["shoal_disk_flushes_total"] > 100
     assert last["shoal_tcp_time_wait_sockets"] > 10
+
+
+@given(
+    lists(none() | integers(-9, 9).map(float) | integers(-99999, 99999).map(lambda value: value / 10000), max_size=20)
+)
+def test_notation_loses_nothing(samples: list[Sample]) -> None:
+    """What is written for promtool is read as the same samples."""
+    assert expand(compress(samples)) == samples
 
 
 # What others scrape, and how Shoal is scraped: nothing of it may make the pack fire.
