@@ -8,10 +8,10 @@ Runs as root inside the virtual machine of tests/vm.sh; nothing here is made up 
 Every 30 seconds OUTDIR gets one file with the answer of /metrics. tests/rules/build_hour.py makes the test of them.
 
 The work: two pods that talk to each other through a service address (DNAT, as kube-proxy makes it), a pod that computes
-(stress-ng, which must be installed), a unit that compiles C, a Redis server that appends to a disk and a redis-benchmark
+(stress-ng, which must be installed), a unit that compiles C, a Redis server that appends to a disk, a redis-benchmark
 in bursts, UDP requests to a resolver through the service, all with limits that they keep. Under emulation a machine is
-slow, so rates are low. If it does not get the processors that it wants, its tasks queue and it is not well: where others
-compute beside it, look into /proc/<pid of qemu>/task/*/schedstat, and raise its autogroup's priority if it waits.
+slow, so rates are low. If it does not get the processors that it wants, its tasks queue and it is not well: where
+others compute beside it, see in /proc/<pid of qemu>/task/*/schedstat that it need not wait for them.
 """
 
 from __future__ import annotations
