@@ -39,7 +39,7 @@ bench: .venv/dev
 	$(BIN)/python -m tests.bench.idle
 	$(BIN)/python -m tests.bench.full
 
-# A thousand nodes with thirty pods each; takes 20 minutes and 3 GiB.
+# A thousand nodes with thirty pods each; takes half an hour and 8 GiB of memory.
 bench-rules: .venv/dev
 	tests/packages.sh
 	$(BIN)/python -m tests.bench.rules
