@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 RULES: Final = EXAMPLES.parent
 POD: Final = {"namespace": "shop", "pod": "checkout-7d9c5b6f4-x2x9k", "container": "api"}
 OTHER_POD: Final = {"namespace": "shop", "pod": "cart-6c9d8f7b5-kq2mz", "container": "api"}
+UNIT: Final = {"unit": "redis-server.service"}
 NODE: Final[dict[str, str]] = {}
 """The labels of an alert about a node as a whole: none of a workload's."""
 
@@ -66,6 +67,15 @@ MUTED: Final = (
     Case("ShoalMemoryHighThrottling", POD, "ShoalMemoryUnreclaimableNearLimit", OTHER_POD),
     # The whole node is short of memory: that each pod on it loses its code pages is explained.
     Case("ShoalNodeMemoryPressure", NODE, "ShoalCodeEviction", POD),
+    Case("ShoalNodeMemoryPressure", NODE, "ShoalMemoryPressure", POD),
+    # No room for any neighbour is why this one cannot be reached.
+    Case("ShoalNeighbourTableOverflow", {"protocol": "ipv4"}, "ShoalNeighbourUnreachable", {"address": "10.0.0.9"}),
+    # One workload, one page.
+    Case("ShoalRedisAofStall", {"server": "10.0.0.7:6379", **POD}, "ShoalBlockIoStall", POD),
+    Case("ShoalRedisAofStall", {"server": "10.0.0.7:6379", **UNIT}, "ShoalBlockIoDelay", UNIT),
+    Case("ShoalMemoryHighThrottling", POD, "ShoalMemoryPressure", POD),
+    Case("ShoalCodeEvictionStall", POD, "ShoalMemoryStall", POD),
+    Case("ShoalMemoryStall", POD, "ShoalMemoryPressure", POD),
     # And the other way round: one throttled workload looks like pressure of the whole node.
     Case("ShoalMemoryHighThrottling", POD, "ShoalNodeMemoryPressure", NODE),
     Case("ShoalExporterDown", NODE, "ShoalCollectorFailing", {"collector": "memory"}),
@@ -76,6 +86,13 @@ TOLD: Final = (
     # Another failure on the same node is another piece of news.
     Case("ShoalConntrackDrops", {"netns": "host"}, "ShoalListenQueueOverflow", {"netns": "pod", **POD}),
     Case("ShoalConntrackDrops", {"netns": "host"}, "ShoalOOMKill", POD),
+    Case("ShoalNeighbourTableOverflow", {"protocol": "ipv4"}, "ShoalReversePathPeersCutOff", {"netns": "host"}),
+    # Another workload on the same node has a reason of its own.
+    Case("ShoalRedisAofStall", {"server": "10.0.0.7:6379", **POD}, "ShoalBlockIoStall", OTHER_POD),
+    Case("ShoalMemoryHighThrottling", POD, "ShoalMemoryStall", OTHER_POD),
+    # A node's shortage explains its pods' warnings, but whoever is hurt is paged for.
+    Case("ShoalNodeMemoryPressure", NODE, "ShoalMemoryStall", POD),
+    Case("ShoalNodeMemoryPressure", NODE, "ShoalCodeEvictionStall", POD),
     # A warning never mutes a page, nor a warning of its own kind.
     Case("ShoalNodeMemoryPressure", NODE, "ShoalListenQueueOverflow", {"netns": "pod", **POD}),
     Case("ShoalOOMKill", POD, "ShoalMemoryUnreclaimableNearLimit", POD),
