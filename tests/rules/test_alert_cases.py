@@ -120,7 +120,9 @@ def _divisors(expression: str) -> Iterator[str]:
     """Yield the metrics that something is divided by, in an expression and in all that it reads."""
     for part in walk(parsed(expression)):
         if isinstance(part, promql_parser.BinaryExpr) and str(part.op) == "/":
-            yield from (str(found.name) for found in walk(part.rhs) if isinstance(found, promql_parser.VectorSelector))
+            for found in walk(part.rhs):
+                if isinstance(found, promql_parser.VectorSelector):
+                    yield from raw_metrics(str(found.name))
     for selector in selectors(expression):
         own = recorded().get(str(selector.name))
         if own and str(selector.name) not in own:
