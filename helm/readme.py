@@ -29,14 +29,15 @@ Prometheus Operator and Grafana's sidecar, with the alerts and dashboards:
         --set monitor.labels.release=kube-prometheus-stack --set rules.labels.release=kube-prometheus-stack
 
 The namespace has to allow pods that look at the node: where Pod Security Admission is in force, label it
-`pod-security.kubernetes.io/enforce=privileged`. On OpenShift, bind the service account to the SCC `privileged`. No image
-is published yet: `make image` builds it, and `image.registry` and `image.repository` say where you have pushed it.
+`pod-security.kubernetes.io/enforce=privileged`. On OpenShift, bind the service account to the SCC `privileged`. No
+image is published yet: `make image` builds it, `image.registry` and `image.repository` say where you have pushed it.
 
-`rules` and `dashboards` in the chart are links to the repository's directories, which Helm follows when it installs from
-a checkout and when it packs (`make chart`). A tool that copies the chart without following links loses them; the chart
-then refuses to be installed.
+`rules` and `dashboards` in the chart are links to the repository's directories, which Helm follows when it installs
+from a checkout and when it packs (`make chart`). A tool that copies the chart without following links loses them; the
+chart then refuses to be installed.
 
-docs/fleet.md in the repository has the arithmetic for 1, 100 and 5,000 nodes, and ci/ here values for each way to install.
+docs/fleet.md in the repository has the arithmetic for 1, 100 and 5,000 nodes, and ci/ here values for each way to
+install.
 
 ## Rules
 

@@ -131,13 +131,14 @@ def test_all_collectors_off_is_refused(schema: dict[str, Any]) -> None:
 @pytest.mark.parametrize("api", CUSTOM)
 def test_a_missing_crd_is_told(api: str) -> None:
     """Each custom resource is asked for by one value, and the cluster that lacks it is told of it by that name."""
-    given: dict[str, Any] = {
+    asked: dict[str, dict[str, Any]] = {
         "PodMonitor": {"monitor": {"kind": "PodMonitor"}},
         "ServiceMonitor": {"monitor": {"kind": "ServiceMonitor"}},
         "PrometheusRule": {"rules": {"enabled": True}},
         "GrafanaDashboard": {"dashboards": {"kind": "GrafanaDashboard"}},
         "VerticalPodAutoscaler": {"verticalPodAutoscaler": {"enabled": True}},
-    }[api.rpartition("/")[2]]
+    }
+    given = asked[api.rpartition("/")[2]]
     render(given, apis=[api])
     with pytest.raises(Refused, match=f"the cluster has no {api}: install its CRD first"):
         render(given, apis=[other for other in CUSTOM if other != api])
