@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
+import ssl
 import subprocess
 import sys
+import urllib.request
 from contextlib import contextmanager
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
+import bcrypt
 import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
 from tests.bench.target import running
@@ -45,6 +50,12 @@ def exporter(given: dict[str, Any] | None = None) -> dict[str, Any]:
     return container
 
 
+@cache
+def validate(made: str, kubernetes: str) -> None:
+    """Check an object against the schema of its kind. Most are the same for most values, and each check takes long."""
+    assert kubernetes_validate.validate(json.loads(made), kubernetes, strict=True) == kubernetes
+
+
 @each_file
 def test_lint_finds_nothing(file: Path) -> None:
     """`helm lint --strict` has no finding, for any way to install."""
@@ -58,15 +69,17 @@ def test_kubernetes_takes_every_object(file: Path, kubernetes: str) -> None:
     for made in objects(values(file), kubernetes=kubernetes):
         if f"{made['apiVersion']}/{made['kind']}" in CUSTOM:
             continue
-        assert kubernetes_validate.validate(made, kubernetes, strict=True) == kubernetes
-        assert made["metadata"]["namespace"]
+        validate(json.dumps(made, sort_keys=True), kubernetes)
+        assert ("namespace" in made["metadata"]) is not made["kind"].startswith("ClusterRole")
 
 
 @each_file
 def test_objects_are_told_apart_and_labelled(file: Path) -> None:
     """No two have one name, every one but the user's own says whose it is, and text in YAML has come out as text."""
     made = objects(values(file))
-    assert len({(each["kind"], each["metadata"]["namespace"], each["metadata"]["name"]) for each in made}) == len(made)
+    assert len({(each["kind"], each["metadata"].get("namespace"), each["metadata"]["name"]) for each in made}) == len(
+        made
+    )
     own = [each for each in made if each["metadata"]["name"] not in ("critical-pods", "shoal-note")]
     for each in own:
         labels = each["metadata"]["labels"]
@@ -143,8 +156,8 @@ def test_asking_for_mac_addresses_takes_one_capability_more() -> None:
 
 
 @pytest.mark.parametrize("tier", ["counters", "attribution", "full"])
-def test_nothing_of_the_node_can_be_written(tier: str) -> None:
-    """Every mount is read-only, proc and sys down to what is mounted in them."""
+def test_mounts_are_read_only(tier: str) -> None:
+    """All of them, proc and sys down to what is mounted in them: else root could write to the node's cgroups."""
     mounts = {mount["mountPath"]: mount for mount in exporter({"tier": tier})["volumeMounts"]}
     assert mounts.keys() == {"/host", "/host/proc", "/host/sys"}
     assert all(mount["readOnly"] for mount in mounts.values())
@@ -158,6 +171,39 @@ def test_no_token_and_no_permission() -> None:
     assert next(each for each in made if each["kind"] == "ServiceAccount")["automountServiceAccountToken"] is False
     assert pod()["automountServiceAccountToken"] is False
     assert not [each for each in made if "Role" in each["kind"]]
+
+
+@pytest.mark.parametrize(
+    ("web", "scheme", "sources"),
+    [
+        ({}, "HTTP", []),
+        ({"configSecret": "a"}, "HTTP", [{"secret": {"name": "a"}}]),
+        ({"configSecret": "a", "tls": True}, "HTTPS", [{"secret": {"name": "a"}}]),
+        ({"configSecret": "a", "tlsSecret": "b"}, "HTTPS", [{"secret": {"name": "a"}}, {"secret": {"name": "b"}}]),
+        ({"tlsSecret": "b"}, "HTTPS", [{"configMap": {"name": "shoal-web"}}, {"secret": {"name": "b"}}]),
+    ],
+)
+def test_web_configuration(web: dict[str, Any], scheme: str, sources: list[Any]) -> None:
+    """The file and what it names are in one directory; probes, Prometheus and `helm test` speak as it does."""
+    given = {"web": web, "monitor": {"kind": "PodMonitor"}}
+    container, volumes = exporter(given), {volume["name"]: volume for volume in pod(given)["volumes"]}
+    assert ("--web.config.file=/etc/shoal/web/web-config.yaml" in container["args"]) is bool(sources)
+    if sources:
+        assert volumes["web"]["projected"]["sources"] == sources
+        assert {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}["web"] == "/etc/shoal/web"
+    assert container["livenessProbe"]["httpGet"]["scheme"] == container["readinessProbe"]["httpGet"]["scheme"] == scheme
+    endpoint = one("PodMonitor", given)["spec"]["podMetricsEndpoints"][0]
+    assert endpoint.get("scheme", "http").upper() == scheme
+    url = {entry["name"]: entry.get("value") for entry in one("Pod", given)["spec"]["containers"][0]["env"]}["URL"]
+    assert url == f"{scheme.lower()}://shoal.monitoring.svc:7462/metrics"
+
+
+def test_probes_without_a_certificate() -> None:
+    """A kubelet has none to show, so it only opens a connection where every client is asked for one."""
+    container = exporter({"web": {"configSecret": "a", "tls": True, "clientCertificates": True}})
+    for probe in (container["livenessProbe"], container["readinessProbe"]):
+        assert probe["tcpSocket"] == {"port": "metrics"}
+        assert "httpGet" not in probe
 
 
 @each_file
@@ -206,7 +252,7 @@ def test_every_option_of_the_exporter_is_there(schema: dict[str, Any]) -> None:
     config = {f"{section}.{option}" for section, below in sections.items() for option in below["properties"]}
     set_by_the_chart = {
         *("config.file", "web.listen-address", "path.procfs", "path.sysfs", "path.rootfs", "netns.enter"),
-        *("redis.target", "redis.password-file", "redis.discover"),
+        *("redis.target", "redis.password-file", "redis.discover", "web.config.file"),
     }
     options = {option.key for option in OPTIONS if not option.key.startswith("collector.")}
     assert config | set_by_the_chart == options
@@ -218,8 +264,8 @@ def test_probes_need_no_password_and_are_patient() -> None:
     """They ask the paths that are never behind a password, and a node short of CPU keeps its witness for minutes."""
     container = exporter({"livenessProbe": {"periodSeconds": 20}})
     liveness, readiness = container["livenessProbe"], container["readinessProbe"]
-    assert liveness["httpGet"] == {"path": "/-/healthy", "port": "metrics"}
-    assert readiness["httpGet"] == {"path": "/-/ready", "port": "metrics"}
+    assert liveness["httpGet"] == {"path": "/-/healthy", "port": "metrics", "scheme": "HTTP"}
+    assert readiness["httpGet"] == {"path": "/-/ready", "port": "metrics", "scheme": "HTTP"}
     assert liveness["periodSeconds"] * liveness["failureThreshold"] == 120
     assert liveness["timeoutSeconds"] == 10
 
@@ -396,11 +442,13 @@ def serving(text: str) -> Iterator[str]:
         server.shutdown()
 
 
-def run_hook(url: str) -> subprocess.CompletedProcess[str]:
+def run_hook(url: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the script of the `helm test` hook, as its pod does, towards this address."""
     (script,) = one("Pod")["spec"]["containers"][0]["args"]
     command = [sys.executable, "-c", script]
-    return subprocess.run(command, env={"URL": url}, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(
+        command, env={"URL": url, **environment}, capture_output=True, text=True, check=False, timeout=60
+    )
 
 
 def test_helm_test_scrapes_once() -> None:
@@ -450,3 +498,37 @@ def test_names_follow_the_release() -> None:
     longest = {made["metadata"]["name"] for made in objects(release="r" * 53)}
     assert max(map(len, longest)) <= 63
     assert {made["metadata"]["name"] for made in objects({"fullnameOverride": "x"}, release="e")} == {"x", "x-test"}
+
+
+@pytest.fixture
+def secured(tmp_path: Path) -> Iterator[str]:
+    """Run the exporter with the file that the chart makes for HTTPS, a password added, and give the address."""
+    certificate = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+    certificate += ["-subj", "/CN=shoal", "-days", "2", "-keyout", "tls.key", "-out", "tls.crt"]
+    subprocess.run(certificate, cwd=tmp_path, check=True, capture_output=True)
+    text = one("ConfigMap", {"web": {"tlsSecret": "a"}})["data"]["web-config.yaml"]
+    password = bcrypt.hashpw(b"word", bcrypt.gensalt(4)).decode()
+    (tmp_path / "web-config.yaml").write_text(f"{text}basic_auth_users:\n  prometheus: {password}\n", encoding="utf-8")
+    command = [sys.executable, "-m", "shoal", f"--web.config.file={tmp_path / 'web-config.yaml'}"]
+    with running("shoal", command) as target:
+        yield f"https://127.0.0.1:{target.connection.port}"
+
+
+def test_helm_test_with_tls_and_a_password(secured: str) -> None:
+    """It logs in as the monitor does, and says what is missing when it is not told how; probes get through."""
+    login = {name: {"name": "login", "key": name} for name in ("username", "password")}
+    given = {"web": {"configSecret": "a", "tls": True}, "monitor": {"basicAuth": login}}
+    environment = {entry["name"]: entry.get("valueFrom") for entry in one("Pod", given)["spec"]["containers"][0]["env"]}
+    assert environment["USERNAME"] == {"secretKeyRef": login["username"]}
+    assert environment["PASSWORD"] == {"secretKeyRef": login["password"]}
+    done = run_hook(f"{secured}/metrics", USERNAME="prometheus", PASSWORD="word")  # noqa: S106  (that of the fixture)
+    assert (done.returncode, done.stderr) == (0, "")
+    refused = run_hook(f"{secured}/metrics")
+    assert refused.returncode == 1
+    assert "answers 401 Unauthorized; it wants a password: name its Secrets in monitor.basicAuth" in refused.stderr
+    for probe in ("livenessProbe", "readinessProbe"):
+        path = exporter(given)[probe]["httpGet"]["path"]
+        # A kubelet does not look at the certificate either.
+        context = ssl._create_unverified_context()  # noqa: S323
+        with urllib.request.urlopen(secured + path, context=context, timeout=30) as answer:  # noqa: S310
+            assert answer.status == 200

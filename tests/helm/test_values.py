@@ -112,6 +112,15 @@ def test_readme_has_every_value(schema: dict[str, Any]) -> None:
         ),
         ("networkPolicy: {enabled: true}", r"no effect on pods in the node's network; set hostNetwork to false"),
         ("updateStrategy: {rollingUpdate: {maxSurge: 1}}", r"with hostNetwork it must be 0"),
+        ("web: {tls: true}", r"web\.tls tells what is in web\.configSecret; name that Secret"),
+        (
+            "web: {tlsSecret: a, clientCertificates: true}",
+            r"web\.clientCertificates is what a file in web\.configSecret",
+        ),
+        (
+            "monitor: {basicAuth: {username: {name: a, key: b}}}",
+            r"monitor\.basicAuth wants username and password, and web\.configSecret",
+        ),
         ("extraManifests: ['{{ nonsense }}']", r'function "nonsense" not defined'),
     ],
 )

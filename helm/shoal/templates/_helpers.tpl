@@ -85,9 +85,16 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- toYaml (mergeOverwrite $affinity $node) -}}
 {{- end -}}
 
-{{/* A probe of `path` with `settings` merged over it. */}}
+{{- define "shoal.scheme" -}}
+{{- and (not .Values.web.tls) (empty .Values.web.tlsSecret) | ternary "http" "https" -}}
+{{- end -}}
+
+{{/* A probe with settings merged over it: list of the root, the path and the settings. */}}
 {{- define "shoal.probe" -}}
-{{- toYaml (merge (deepCopy .settings) (dict "httpGet" (dict "path" .path "port" "metrics"))) -}}
+{{- $root := index . 0 -}}
+{{- $get := dict "path" (index . 1) "port" "metrics" "scheme" (include "shoal.scheme" $root | upper) -}}
+{{- $probe := $root.Values.web.clientCertificates | ternary (dict "tcpSocket" (dict "port" "metrics")) (dict "httpGet" $get) -}}
+{{- toYaml (merge (deepCopy (index . 2)) $probe) -}}
 {{- end -}}
 
 {{/* Fails where the kind of a custom resource is not known to the cluster: list of the root, the group and version, and the kind. */}}
@@ -117,6 +124,16 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- if and .caSecret (not (hasPrefix "rediss://" .address)) -}}
 {{- fail (printf "redis.targets: %s has a caSecret, which only rediss:// has a use for." .address) -}}
 {{- end -}}
+{{- end -}}
+{{- if and .Values.web.clientCertificates (not .Values.web.configSecret) -}}
+{{- fail "web.clientCertificates is what a file in web.configSecret asks for; name the Secret." -}}
+{{- end -}}
+{{- if and .Values.web.tls (not .Values.web.configSecret) (not .Values.web.tlsSecret) -}}
+{{- fail "web.tls tells what is in web.configSecret; name that Secret, or one with a certificate in web.tlsSecret." -}}
+{{- end -}}
+{{- $basic := .Values.monitor.basicAuth -}}
+{{- if and $basic (not (and $basic.username $basic.password .Values.web.configSecret)) -}}
+{{- fail "monitor.basicAuth wants username and password, and web.configSecret, for otherwise nobody asks for them." -}}
 {{- end -}}
 {{- if not (has true (values .Values.collectors)) -}}
 {{- fail "collectors: every one is off; leave at least one on." -}}
