@@ -20,13 +20,15 @@ import pytest
 from tests.bench.target import running
 from tests.helm.engine import CUSTOM, KUBERNETES, VALUES, lint, notes, objects, values
 
-from shoal.cli import _parser
+from shoal import cli
 from shoal.collectors import available_names
-from shoal.settings import OPTIONS, resolve
+from shoal.settings import OPTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from shoal.settings import Settings
 
 each_file = pytest.mark.parametrize("file", VALUES, ids=lambda file: file.name.removesuffix("-values.yaml"))
 
@@ -207,18 +209,24 @@ def test_probes_without_a_certificate() -> None:
 
 
 @each_file
-def test_the_exporter_takes_its_arguments(file: Path) -> None:
-    """The exporter's own parser and checks accept them, and see the address of the pod or the node, never all."""
+def test_the_exporter_takes_its_arguments(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command itself accepts them, and is to listen on the address of the pod or the node, never on all."""
     container = exporter(values(file))
+    assert {"NODE_IP", "POD_IP"} <= {entry["name"] for entry in container["env"]}
     arguments = [
-        argument.replace("$(NODE_IP)", "192.0.2.9").replace("$(POD_IP)", "2001:db8::9").replace("=/host", "=")
+        argument.replace("$(NODE_IP)", "192.0.2.9").replace("$(POD_IP)", "2001:db8::9").replace("=/host", "=/")
         for argument in container["args"]
     ]
-    # The root file system's path is all that was replaced, so it is empty now.
-    flags = _parser().parse([argument for argument in arguments if argument != "--path.rootfs="])
-    environment = {entry["name"]: entry.get("value", "") for entry in container["env"]}
-    assert {"NODE_IP", "POD_IP"} <= environment.keys()
-    settings = resolve(flags, environment)
+    given: list[Settings] = []
+
+    def run(settings: Settings) -> int:
+        given.append(settings)
+        return 0
+
+    monkeypatch.setattr(cli, "configure", lambda *_: None)
+    monkeypatch.setattr(cli, "_run", run)
+    assert cli.main(arguments) == 0
+    (settings,) = given
     assert settings.listen == ("192.0.2.9" if values(file).get("hostNetwork", True) else "2001:db8::9", 7462)
 
 
