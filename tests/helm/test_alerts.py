@@ -5,8 +5,10 @@ promtool is given the content of the objects, taken out again, with the reposito
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,6 +16,8 @@ import yaml
 from tests.helm.engine import REPOSITORY, Refused, objects
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from concurrent.futures import Future
     from pathlib import Path
 
 RULES = REPOSITORY / "rules"
@@ -48,9 +52,11 @@ def promtool(*arguments: str) -> tuple[int, str]:
 
 
 @pytest.fixture(scope="module")
-def defaults(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write what is installed by default, and return the directory of the tests beside it."""
-    return write(installed(), tmp_path_factory.mktemp("rules"))
+def verdicts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Path, Future[tuple[int, str]]]]:
+    """Give what is installed by default to promtool, as many files at once as there are CPUs: some take seconds."""
+    tests = write(installed(), tmp_path_factory.mktemp("rules"))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {file: pool.submit(promtool, "test", "rules", str(tests / f"{file.stem}_test.yaml")) for file in FILES}
 
 
 @pytest.fixture
@@ -67,9 +73,9 @@ def test_every_rule_file_is_installed_as_it_is() -> None:
 
 @pytest.mark.timeout(400)  # tests/rules/test_rules.py says why
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
-def test_promtool_tests_pass_on_what_is_installed(file: Path, defaults: Path) -> None:
+def test_promtool_tests_pass_on_what_is_installed(file: Path, verdicts: dict[Path, Future[tuple[int, str]]]) -> None:
     """The same tests as those of the files."""
-    status, said = promtool("test", "rules", str(defaults / f"{file.stem}_test.yaml"))
+    status, said = verdicts[file].result()
     assert status == 0, said
 
 

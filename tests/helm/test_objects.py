@@ -175,6 +175,20 @@ def test_no_token_and_no_permission() -> None:
     assert not [each for each in made if "Role" in each["kind"]]
 
 
+def test_endpointslices_take_a_token_and_one_permission() -> None:
+    """Asked for, the pods' account may read EndpointSlices of all namespaces, and nothing else."""
+    given = {"kubernetesEndpoints": True, "serviceAccount": {"name": "agent"}}
+    role, binding = one("ClusterRole", given), one("ClusterRoleBinding", given)
+    assert role["rules"] == [
+        {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": ["get", "list", "watch"]}
+    ]
+    assert binding["roleRef"]["name"] == role["metadata"]["name"] == "monitoring-shoal"
+    assert binding["subjects"] == [{"kind": "ServiceAccount", "name": "agent", "namespace": "monitoring"}]
+    assert pod(given)["serviceAccountName"] == "agent"
+    assert pod(given)["automountServiceAccountToken"] is True
+    assert "--kubernetes.endpoints=true" in exporter(given)["args"]
+
+
 @pytest.mark.parametrize(
     ("web", "scheme", "sources"),
     [
@@ -260,7 +274,7 @@ def test_every_option_of_the_exporter_is_there(schema: dict[str, Any]) -> None:
     config = {f"{section}.{option}" for section, below in sections.items() for option in below["properties"]}
     set_by_the_chart = {
         *("config.file", "web.listen-address", "path.procfs", "path.sysfs", "path.rootfs", "netns.enter"),
-        *("redis.target", "redis.password-file", "redis.discover", "web.config.file"),
+        *("redis.target", "redis.password-file", "redis.discover", "web.config.file", "kubernetes.endpoints"),
     }
     options = {option.key for option in OPTIONS if not option.key.startswith("collector.")}
     assert config | set_by_the_chart == options

@@ -112,6 +112,7 @@ def test_readme_has_every_value(schema: dict[str, Any]) -> None:
         ),
         ("networkPolicy: {enabled: true}", r"no effect on pods in the node's network; set hostNetwork to false"),
         ("updateStrategy: {rollingUpdate: {maxSurge: 1}}", r"with hostNetwork it must be 0"),
+        ("{tier: counters, kubernetesEndpoints: true}", r"wants collectors\.conntrack, and tier attribution or full"),
         ("web: {tls: true}", r"web\.tls tells what is in web\.configSecret; name that Secret"),
         (
             "web: {tlsSecret: a, clientCertificates: true}",

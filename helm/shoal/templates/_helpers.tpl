@@ -125,6 +125,9 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- fail (printf "redis.targets: %s has a caSecret, which only rediss:// has a use for." .address) -}}
 {{- end -}}
 {{- end -}}
+{{- if and .Values.kubernetesEndpoints (or (eq .Values.tier "counters") (not .Values.collectors.conntrack)) -}}
+{{- fail "kubernetesEndpoints tells of backends in the connection tracking table: it wants collectors.conntrack, and tier attribution or full." -}}
+{{- end -}}
 {{- if and .Values.web.clientCertificates (not .Values.web.configSecret) -}}
 {{- fail "web.clientCertificates is what a file in web.configSecret asks for; name the Secret." -}}
 {{- end -}}
