@@ -1,4 +1,5 @@
-# The image of the exporter: Python, what it imports and the exporter, without shell or package manager.
+# The image of the exporter: Python, what it imports and the exporter, without shell or package manager. 54 MB of files,
+# 20 MB compressed.
 #
 #   make image
 #
