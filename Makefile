@@ -1,15 +1,18 @@
-# make run    the exporter on this machine          make check  lint, types and unit tests (what to run for a change)
-# make test   everything that CI runs               make bench  cost of a scrape, idle and on a full node
-# make docs   write docs/metrics.md from the code   make test-vm  what only a stock kernel can show
-# make rule-tests   after an alert is added, renamed or removed
-# make rules-next   the rule pack in a current promtool     make bench-rules  its evaluation time for a thousand nodes
-# make lock   pin the dependencies anew             make format lay the code out as CI wants it
+# make run          the exporter on this machine
+# make check        lint, types and unit tests: what to run for a change
+# make test         everything that CI runs
+# make test-vm      what only a stock kernel can show (KERNEL=6.1)
+# make bench        cost of a scrape, idle and on a full node       make bench-rules  the rule pack for a thousand nodes
+# make rule-tests   after an alert is added, renamed or removed     make rules-next   the rule pack in a current promtool
+# make docs         write docs/metrics.md and the chart's README    make format       lay the code out as CI wants it
+# make chart        pack the Helm chart, into dist/                 make image        the container image, with docker
+# make lock         pin the dependencies anew
 
 PYTHON ?= python3
 KERNEL ?= 6.1
 BIN := .venv/bin
 
-.PHONY: run test test-vm check lint unit bench bench-rules rule-tests rules-next docs lock format clean
+.PHONY: run test test-vm check lint unit bench bench-rules rule-tests rules-next docs chart image lock format clean
 .DELETE_ON_ERROR:
 
 run: .venv/run
@@ -53,6 +56,15 @@ rules-next:
 
 docs: .venv/run
 	$(BIN)/python docs/build.py
+	$(BIN)/python helm/readme.py
+
+# Helm's engine out of helm-python-sdk, so that no helm is needed; `helm package helm/shoal` does the same.
+chart: .venv/dev
+	mkdir -p dist
+	$(BIN)/python -c 'import helm_python; print(helm_python.package("helm/shoal", destination="dist"))'
+
+image:
+	docker build --tag shoal-exporter/shoal:$$(sed -n 's/^appVersion: //p' helm/shoal/Chart.yaml) .
 
 format: .venv/dev
 	$(BIN)/ruff format .
