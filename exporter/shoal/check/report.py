@@ -129,10 +129,11 @@ def _findings(findings: Sequence[Finding], width: int) -> list[str]:
         lines += _wrapped(f"{who(finding.culprit)}: {finding.evidence}", "    ", width)
     if len(findings) > _MOST_FINDINGS:
         lines.append(f"    and {len(findings) - _MOST_FINDINGS} more; --json has them all")
-    alert = findings[0].alert
+    alert, culprit = findings[0].alert, findings[0].culprit
     # Not wrapped: a command that is broken cannot be pasted.
-    lines += [f"    $ {command}" for command in runbooks.confirm(alert)]
+    lines += [f"    $ {command}" for command in runbooks.confirm(alert, culprit)]
     lines += _wrapped(f"First: {runbooks.first_step(alert)}", "    ", width)
+    lines += [f"    # {command}" for command in runbooks.first_commands(alert)]
     lines += _wrapped(f"Runbook: shoal-exporter explain {alert}", "    ", width)
     return lines
 
@@ -168,8 +169,9 @@ def as_json(node: str, verdicts: Sequence[Verdict], *, seconds: float) -> dict[s
                         "status": _WORDS[finding.status],
                         "culprit": finding.culprit.as_dict(),
                         "evidence": finding.evidence,
-                        "confirm": runbooks.confirm(finding.alert),
+                        "confirm": runbooks.confirm(finding.alert, finding.culprit),
                         "first_step": runbooks.first_step(finding.alert),
+                        "first_commands": runbooks.first_commands(finding.alert),
                         "runbook_url": runbooks.url(finding.alert),
                     }
                     for finding in one.findings

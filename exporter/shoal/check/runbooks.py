@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ["confirm", "first_step", "names", "page", "url"]
+if TYPE_CHECKING:
+    from shoal.check.snapshot import Labels
+
+__all__ = ["confirm", "first_commands", "first_step", "names", "page", "url"]
 
 _DIRECTORY = Path(__file__).parents[1] / "runbooks"
 _URL = "https://github.com/shoal-exporter/shoal/blob/main/rules/runbooks/{}.md"
@@ -26,16 +30,58 @@ def url(alert: str) -> str:
     return _URL.format(alert)
 
 
-def confirm(alert: str) -> list[str]:
-    """Return the commands of the page's first block under Confirm."""
-    block = re.search(r"^    \S.*(?:\n(?:    .*)?)*", _section(alert, "Confirm"), re.MULTILINE)
-    return [line[4:] for line in block[0].rstrip().splitlines()] if block else []
+def confirm(alert: str, culprit: Labels) -> list[str]:
+    """Return the commands that begin the page's Confirm, with the culprit where the page has an example."""
+    # What they print stands after a blank line.
+    block = re.search(r"^    \S.*(?:\n    \S.*)*", _section(alert, "Confirm"), re.MULTILINE)
+    return [_about(line[4:], culprit) for line in block[0].splitlines()] if block else []
 
 
 def first_step(alert: str) -> str:
     """Return the first, which is the safest, step of the page's Mitigate, as one line."""
-    step = re.search(r"^1\. (.*(?:\n   .*)*)", _section(alert, "Mitigate"), re.MULTILINE)
+    step = _first(alert)
     return " ".join(step[1].split()) if step else ""
+
+
+def first_commands(alert: str) -> list[str]:
+    """Return the commands that the page gives for that step, as its example has them."""
+    step = _first(alert)
+    return [line.strip() for line in (step[2] or "").splitlines() if line] if step else []
+
+
+def _first(alert: str) -> re.Match[str] | None:
+    step = r"^1\. (.*(?:\n   \S.*)*)(?:\n\n((?:       \S.*\n)+))?"
+    return re.search(step, _section(alert, "Mitigate"), re.MULTILINE)
+
+
+# The examples that the pages use, and the label that has what is meant.
+_EXAMPLES = (
+    ("<address>", "address"),
+    ("<device>", "device"),
+    ("/var/lib", "mountpoint"),
+    ("/mnt/share", "mountpoint"),
+    ("10.99.0.10", "destination"),
+    ("10.62.0.2", "destination"),
+    ("10.62.0.1", "source"),
+    ("-p udp", "protocol"),
+    (":8080", "port"),
+    ("-p 6379", "server"),
+)
+
+
+def _about(command: str, culprit: Labels) -> str:
+    for example, label in _EXAMPLES:
+        value = culprit[label]
+        if label == "protocol":
+            value = value and f"-p {value}"
+        elif label == "port":
+            value = value and f":{value}"
+        elif label == "server":
+            host, _, port = value.rpartition(":")
+            value = f"-h {host} -p {port}" if port.isdigit() else ""
+        if value:
+            command = command.replace(example, value)
+    return command
 
 
 def _section(alert: str, heading: str) -> str:

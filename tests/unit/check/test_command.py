@@ -21,7 +21,7 @@ from shoal.check import runbooks
 from shoal.check.alerts import ALERTS
 from shoal.check.failures import FAILURES
 from shoal.check.report import compare, judge, render
-from shoal.check.snapshot import Pair, parse
+from shoal.check.snapshot import Labels, Pair, parse
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -233,7 +233,11 @@ def test_no_line_is_too_wide(columns: int) -> None:
     """But for commands, which are to be pasted."""
     pair = Pair(parse(overflow(5), 0.0), parse(overflow(25), 5.0))
     text = render("node", judge(pair), seconds=5.0, width=columns, colour=False)
-    wide = [line for line in text.splitlines() if len(line) > min(columns, 100) and not line.startswith("    $ ")]
+    wide = [
+        line
+        for line in text.splitlines()
+        if len(line) > min(columns, 100) and not line.startswith(("    $ ", "    # "))
+    ]
     assert not wide
 
 
@@ -292,9 +296,19 @@ def test_explain(failure: object, run: Callable[..., subprocess.CompletedProcess
 @pytest.mark.parametrize("alert", sorted(ALERTS))
 def test_every_alert_has_commands_and_a_first_step(alert: str) -> None:
     """They come from the runbook, so it has to have them where they are looked for."""
-    assert runbooks.confirm(alert)
+    assert runbooks.confirm(alert, Labels({}))
     assert runbooks.first_step(alert)
     assert runbooks.url(alert).endswith(f"/rules/runbooks/{alert}.md")
+
+
+def test_commands_are_about_the_culprit() -> None:
+    """Where a page has an example there stands what was found, so that it can be pasted."""
+    stuck = runbooks.confirm("ShoalFilesystemStuck", Labels({"mountpoint": "/data"}))
+    assert any("/data" in command for command in stuck)
+    assert not any("/mnt/share" in command for command in stuck)
+    server = runbooks.confirm("ShoalRedisAofStall", Labels({"server": "10.0.0.7:6380"}))
+    assert server[0].startswith("redis-cli -h 10.0.0.7 -p 6380 ")
+    assert runbooks.first_commands("ShoalConntrackDrops") == ["sysctl -w net.netfilter.nf_conntrack_max=524288"]
 
 
 def test_the_runbooks_are_those_of_the_rules() -> None:
