@@ -1,0 +1,78 @@
+"""What a file of `faults/` declares: one failure, how it is caused and cured, what looks like it, and how it shows.
+
+A story is a generator over a node. It builds what is healthy and yields who will be to blame; resumed, it causes the
+failure and yields; resumed, it cures it and yields; closed, it takes away what it built. A decoy's story is shorter:
+built, going on, and no cure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tests.lab.node import Node
+
+__all__ = ["Culprit", "Fault", "Feature", "Shows", "Story"]
+
+
+@dataclass(frozen=True, slots=True)
+class Culprit:
+    """Who is to be blamed, or, of a decoy, who is not: labels that an alert about it carries.
+
+    `variables` are what the runbook's commands leave open, as shell variables (`pid`) or in angle brackets (`<pid>`).
+    `happened` of a decoy tells whether that which looks like the failure has really taken place.
+    """
+
+    labels: Mapping[str, str]
+    variables: Mapping[str, str] = field(default_factory=dict)
+    happened: Callable[[], object] = bool
+
+
+Story = Generator["Culprit | None", None, None]
+
+
+@dataclass(frozen=True, slots=True)
+class Shows:
+    """A command of the runbook's Confirm section, word for word, and what its output must show.
+
+    With `rises` the command is run twice, three seconds apart, and the number that `pattern` captures must have grown.
+    """
+
+    command: str
+    pattern: str
+    rises: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """What a failure cannot do without. `missing` says in a sentence why this machine has it not, or nothing.
+
+    `kernel` tells that the exporter cannot do without it either, so that its signal must be absent too.
+    """
+
+    name: str
+    missing: Callable[[], str]
+    kernel: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One failure of the fourteen."""
+
+    number: int
+    title: str
+    alert: str
+    signal: str
+    """The signal of the exporter that the alert rests on, as `shoal_signal_available` names it."""
+    story: Callable[[Node], Story]
+    decoys: tuple[Callable[[Node], Story], ...]
+    confirm: tuple[Shows, ...]
+    needs: tuple[Feature, ...] = ()
+    exporter: tuple[str, ...] = ()
+    """Options that the exporter must be given to see it."""
+    resolves_after: float = 420
+    """The longest that its page may stay after the cure, in seconds: the window of its evidence, and a margin."""
+    name: str = ""
+    """The name of its file, which is put in when that is loaded."""

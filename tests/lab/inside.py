@@ -1,0 +1,354 @@
+"""A run of the lab from within its node: builds everything, causes everything, waits for every page and its end.
+
+All failures run side by side on one path; who is hit tells them apart. Built first, so that each counter is known to
+Prometheus before it moves; then caused; each is confirmed and cured when its page has come.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import yaml
+
+from tests.lab.faults import load
+from tests.lab.node import Node, ready
+from tests.lab.report import Outcome, Report
+from tests.lab.stack import PORTS, REPOSITORY, Page, Stack, start, webhook
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from tests.lab.fault import Culprit, Fault, Shows, Story
+
+__all__ = ["confirm_section", "main"]
+
+WORKPLACE: Final = Path("/run/lab")
+"""Where everything is written, in the node's own file system."""
+
+_RISES_AFTER: Final = 3.0
+_COMMAND_TAKES: Final = 120.0
+_GRID: Final = 60
+"""The step of the rules' subqueries, in seconds: the grid on which counters are looked at."""
+
+
+@dataclass(slots=True)
+class _Decoy:
+    name: str
+    story: Story
+    culprit: Culprit
+
+
+@dataclass(slots=True)
+class _Case:
+    """One failure in the course of a run."""
+
+    fault: Fault
+    outcome: Outcome
+    story: Story
+    culprit: Culprit
+    decoys: list[_Decoy] = field(default_factory=list)
+    caused_at: float = 0.0
+    cured_at: float = 0.0
+
+
+def confirm_section(alert: str) -> list[str]:
+    """Return the commands and outputs of a runbook's section Confirm, line by line and without their indentation."""
+    text = (REPOSITORY / "rules" / "runbooks" / f"{alert}.md").read_text(encoding="utf-8")
+    section = text.partition("\n## Confirm\n")[2].partition("\n## ")[0]
+    return [line.strip() for line in section.splitlines() if line.startswith("    ")]
+
+
+def _say(sentence: str) -> None:
+    sys.stdout.write(f"{time.strftime('%H:%M:%S')} {sentence}\n")
+    sys.stdout.flush()
+
+
+def _begin(story: Story, stack: ExitStack) -> Culprit:
+    """Build what a story begins with; it is taken away when the stack unwinds."""
+    stack.enter_context(closing(story))
+    culprit = next(story)
+    assert culprit is not None, "a story begins by saying who is to blame"
+    return culprit
+
+
+class Lab:
+    """A run."""
+
+    def __init__(self, faults: Sequence[Fault], interval: int, patience: float, resolve_within: float) -> None:
+        """Take what to run and how: seconds between scrapes, to wait for a page, and to wait for its end."""
+        self.faults = faults
+        self.interval = interval
+        self.patience = patience
+        self.resolve_within = resolve_within
+        self.outcomes = {
+            one.name: Outcome(one.number, one.name, one.title, one.alert, _cannot_run(one)) for one in faults
+        }
+        self.cases: list[_Case] = []
+        self.problems: list[str] = []
+        self._seen = 0
+
+    def run(self, node: Node, stack: Stack, scene: ExitStack) -> None:
+        """Go through all phases."""
+        self._build(node, scene)
+        self._settle(stack)
+        self._check_signals(stack)
+        self._cause()
+        self._watch(stack)
+        self._judge(stack)
+
+    def _build(self, node: Node, scene: ExitStack) -> None:
+        for fault in self.faults:
+            outcome = self.outcomes[fault.name]
+            if not outcome.ran:
+                _say(f"{fault.name} cannot run here: {outcome.cannot_run}")
+                continue
+            try:
+                story = fault.story(node)
+                case = _Case(fault, outcome, story, _begin(story, scene))
+                for tell in fault.decoys:
+                    decoy = tell(node)
+                    case.decoys.append(_Decoy(tell.__name__, decoy, _begin(decoy, scene)))
+            except Exception as error:  # noqa: BLE001  (one that cannot be built leaves the others their run)
+                traceback.print_exc()
+                outcome.problems.append(f"could not be built: {error}")
+                continue
+            self.cases.append(case)
+        _say(f"{len(self.cases)} failures and {sum(len(one.decoys) for one in self.cases)} decoys are built")
+
+    def _settle(self, stack: Stack) -> None:
+        """Wait until all that has been built was scraped and a point of the grid has passed since."""
+        scraped = time.time() + 2 * self.interval + 1
+        time.sleep(scraped - scraped % _GRID + _GRID + 2 - time.time())
+        sick = {rule["name"]: rule["lastError"] for rule in stack.rules() if rule["health"] == "err"}
+        if sick:
+            self.problems.append(f"Prometheus cannot evaluate {sick}")
+
+    def _check_signals(self, stack: Stack) -> None:
+        """See that the exporter has what the failures that run need, and says that it lacks what they lack."""
+        available = stack.available()
+        for fault in self.faults:
+            outcome = self.outcomes[fault.name]
+            has, reason = available.get(fault.signal, (False, "it does not know the signal"))
+            lacks = any(feature.kernel and feature.missing() for feature in fault.needs)
+            if outcome.ran and not has:
+                outcome.problems.append(f"the exporter says that {fault.signal} is not available: {reason}")
+            elif lacks and has:
+                outcome.problems.append(f"the exporter says that {fault.signal} is available")
+            elif lacks:
+                _say(f"{fault.name}: the exporter says so too, {fault.signal} is not available ({reason})")
+
+    def _cause(self) -> None:
+        for case in list(self.cases):
+            try:
+                for decoy in case.decoys:
+                    next(decoy.story)
+                next(case.story)
+            except Exception as error:  # noqa: BLE001  (as in _build)
+                traceback.print_exc()
+                case.outcome.problems.append(f"could not be caused: {error}")
+                self.cases.remove(case)
+                continue
+            case.caused_at = time.time()
+            _say(f"{case.fault.name}: {case.fault.title}")
+
+    def _watch(self, stack: Stack) -> None:
+        """Wait for the pages and for their end; confirm and cure in between."""
+        until = time.time() + self.patience
+        waiting, ending = list(self.cases), list[_Case]()
+        while waiting and time.time() < until:
+            self._tell(stack)
+            for case in list(waiting):
+                if page := self._page(stack, case, "firing", case.caused_at):
+                    case.outcome.seconds_to_page = page.at - case.caused_at
+                    case.outcome.detected = True
+                    self._confirm(case)
+                    next(case.story)
+                    case.cured_at = time.time()
+                    _say(f"{case.fault.name} is cured")
+                    waiting.remove(case)
+                    ending.append(case)
+            time.sleep(0.5)
+        for case in waiting:
+            _say(f"{case.fault.name}: no page within {self.patience:.0f} s")
+            next(case.story)
+        self._look_at_decoys(stack)
+        until = time.time() + self.resolve_within
+        for case in list(ending):
+            if case.fault.resolves_after > self.resolve_within:
+                case.outcome.resolve_not_awaited = True
+                ending.remove(case)
+        while ending and time.time() < until:
+            self._tell(stack)
+            for case in list(ending):
+                if page := self._page(stack, case, "resolved", case.cured_at):
+                    case.outcome.seconds_to_resolve = page.at - case.cured_at
+                    ending.remove(case)
+            time.sleep(0.5)
+        for case in ending:
+            case.outcome.problems.append(f"the page was still there {time.time() - case.cured_at:.0f} s after the cure")
+
+    def _page(self, stack: Stack, case: _Case, status: str, since: float) -> Page | None:
+        labels = {**case.culprit.labels, "alertname": case.fault.alert}
+        return next(
+            (one for one in stack.pages() if one.status == status and one.at >= since and one.is_about(labels)), None
+        )
+
+    def _tell(self, stack: Stack) -> None:
+        """Say what has arrived since the last time."""
+        pages = stack.pages()
+        for page in pages[self._seen :]:
+            about = ", ".join(
+                f"{name}={value}"
+                for name, value in page.labels.items()
+                if name not in {"alertname", "severity", "signal", *stack.labels}
+            )
+            _say(f"{page.receiver} has {page.alert} {page.status}: {about}")
+        self._seen = len(pages)
+
+    def _confirm(self, case: _Case) -> None:
+        known = confirm_section(case.fault.alert)
+        prelude = [f"{name}='{value}'" for name, value in case.culprit.variables.items() if name.isidentifier()]
+        for shows in case.fault.confirm:
+            if shows.command not in known:
+                case.outcome.problems.append(f"the runbook of {case.fault.alert} has no command {shows.command}")
+                continue
+            command = shows.command
+            for name, value in case.culprit.variables.items():
+                command = command.replace(f"<{name}>", value)
+            if re.match(r"[a-z]+=", command):
+                prelude.append(command)
+                continue
+            said = _shown("\n".join([*prelude, command]), shows)
+            case.outcome.confirmed[shows.command] = not said
+            if said:
+                case.outcome.problems.append(f"`{command}` does not show {shows.pattern!r}: {said}")
+
+    def _look_at_decoys(self, stack: Stack) -> None:
+        for case in self.cases:
+            for decoy in case.decoys:
+                wrong = ""
+                try:
+                    if not decoy.culprit.happened():
+                        wrong = "it did not happen, so its silence means nothing"
+                except Exception as error:  # noqa: BLE001  (its witness failed, which is the finding)
+                    wrong = f"its witness failed: {error}"
+                case.outcome.decoys[decoy.name] = wrong
+
+    def _judge(self, stack: Stack) -> None:
+        """Say of each page whether it blames whom it should."""
+        culprits = [case.culprit.labels for case in self.cases]
+        firing = [page for page in stack.pages() if page.status == "firing"]
+        for case in self.cases:
+            outcome = case.outcome
+            pages = [page for page in firing if page.alert == case.fault.alert]
+            outcome.blamed = [page.labels for page in pages]
+            strangers = [page.labels for page in pages if not any(page.is_about(labels) for labels in culprits)]
+            outcome.attributed = outcome.detected and not strangers
+            if strangers:
+                outcome.problems.append(f"the wrong one is blamed: {strangers}")
+            for decoy in case.decoys:
+                # Of a decoy that is told from a culprit by one label more, the page must not be about the culprit.
+                about = [page for page in firing if page.is_about(decoy.culprit.labels)]
+                if about:
+                    outcome.decoys[decoy.name] = f"it paged: {about[0].labels}"
+
+
+def _shown(script: str, shows: Shows) -> str:
+    """Run a command of a runbook. Return nothing if it shows what it should, otherwise what it did show."""
+    outputs = []
+    for _ in range(2 if shows.rises else 1):
+        if outputs:
+            time.sleep(_RISES_AFTER)
+        try:
+            done = subprocess.run(
+                ["sh", "-c", script], capture_output=True, text=True, check=False, timeout=_COMMAND_TAKES
+            )
+        except subprocess.TimeoutExpired:
+            return f"nothing within {_COMMAND_TAKES:.0f} s"
+        outputs.append(done.stdout + done.stderr)
+    found = [re.search(shows.pattern, output, re.MULTILINE | re.DOTALL) for output in outputs]
+    if not all(found):
+        return outputs[-1][-500:]
+    if shows.rises:
+        before, after = (int(match[1]) for match in found if match)
+        return "" if after > before else f"{before}, then {after}"
+    return ""
+
+
+def _cannot_run(fault: Fault) -> str:
+    return "; ".join(
+        f"{feature.name}: {sentence}" for feature in fault.needs if (sentence := feature.missing())
+    )
+
+
+def _waits(seconds: int) -> dict[str, dict[str, str]]:
+    """Return the same wait for every alert that there is."""
+    waits = {"for": f"{seconds}s", "keep_firing_for": f"{seconds}s"}
+    found = {}
+    for file in (REPOSITORY / "rules").glob("*.yaml"):
+        for group in yaml.safe_load(file.read_text(encoding="utf-8"))["groups"]:
+            found |= {rule["alert"]: waits for rule in group["rules"] if "alert" in rule}
+    return found
+
+
+@contextmanager
+def stage(faults: Sequence[Fault], interval: int) -> Iterator[tuple[Node, Stack, ExitStack]]:
+    """Make the node and start the path; also give the stack on which everything else is put."""
+    with ExitStack() as scene:
+        node = Node()
+        WORKPLACE.mkdir()
+        office = scene.enter_context(node.unit("shoal-lab.service"))
+
+        def serve() -> None:
+            ready()
+            webhook(WORKPLACE / "pages")
+
+        office.start(serve)
+        options = ["--netns.enter=true", *dict.fromkeys(option for fault in faults for option in fault.exporter)]
+        stack = scene.enter_context(
+            start(
+                WORKPLACE,
+                options,
+                interval=interval,
+                waits=_waits(3 * interval),
+                cgroup=node.cgroup("system.slice/shoal-exporter.service"),
+            )
+        )
+        yield node, stack, scene
+
+
+def main(names: Sequence[str], *, output: Path, interval: int, patience: float, resolve_within: float) -> int:
+    """Run the named failures, or all, and return the exit status."""
+    began = time.monotonic()
+    faults = [fault for fault in load() if not names or fault.name in names]
+    lab = Lab(faults, interval, patience, resolve_within)
+    kernel = ".".join(platform.release().split(".")[:2])
+    try:
+        with stage(faults, interval) as (node, stack, scene):
+            _say("exporter, Prometheus and Alertmanager answer")
+            lab.run(node, stack, scene)
+    finally:
+        keep_logs(output / f"{kernel}.logs")
+    report = Report(kernel, time.monotonic() - began, list(lab.outcomes.values()), lab.problems)
+    report.write(output)
+    sys.stdout.write(f"\n{report.markdown()}\n{report.line}\n")
+    sys.stdout.flush()
+    return 0 if report.good else 1
+
+
+def keep_logs(directory: Path) -> None:
+    """Copy what the programs said out of the node."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for file in [*WORKPLACE.glob("*.log"), *WORKPLACE.glob("pages")]:
+        shutil.copy(file, directory / file.name)
