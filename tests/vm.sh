@@ -1,12 +1,12 @@
 #!/bin/sh
 # Run a command under a stock Debian kernel, in a virtual machine without KVM, with this machine's files (read-only).
 #
-#   tests/vm.sh [-w DIR] [-a KERNEL_ARGUMENT]... VERSION -- COMMAND [ARGUMENT]...
+#   tests/vm.sh [-w DIR] [-d IMAGE] [-m MEMORY] [-a KERNEL_ARGUMENT]... VERSION -- COMMAND [ARGUMENT]...
 #   tests/vm.sh 6.1 -- uname -r
 #   tests/vm.sh -w /tmp/out -a psi=0 6.12 -- python3 tests/record_fixtures.py /tmp/out/6.12
 #
-# VERSION is 5.10, 6.1 or 6.12. DIR is the only directory that the command can write to and that outlives the machine.
-# The command runs as root with SHOAL_VM=1 set; its output and its exit status become this script's. Kernels and
+# VERSION is 5.10, 6.1 or 6.12, MEMORY what the machine has (1G), IMAGE a disk that it sees as /dev/vda. DIR is the only
+# directory that the command can write to and that outlives the machine. The command runs as root with SHOAL_VM=1 set; its output and its exit status become this script's. Kernels and
 # virtme-ng are fetched once, with apt and pip as they are configured here, into a cache outside the repository.
 # SHOAL_VM_TIMEOUT is in seconds (180); SHOAL_VM_CACHE moves the cache.
 set -eu
@@ -20,12 +20,16 @@ fail() {
 }
 
 share=
-arguments=
-while getopts w:a: option; do
+# Without KVM the check of the timer fails now and then, when the machine is busy, and the kernel panics.
+arguments="--append no_timer_check"
+memory=1G
+while getopts w:a:d:m: option; do
     case $option in
+    d) arguments="$arguments --disk $OPTARG" ;;
+    m) memory=$OPTARG ;;
     w) mkdir -p "$OPTARG" && share=$(cd "$OPTARG" && pwd) ;;
     a) arguments="$arguments --append $OPTARG" ;;
-    *) fail "usage: vm.sh [-w DIR] [-a KERNEL_ARGUMENT]... VERSION -- COMMAND..." ;;
+    *) fail "usage: vm.sh [-w DIR] [-d IMAGE] [-m MEMORY] [-a KERNEL_ARGUMENT]... VERSION -- COMMAND..." ;;
     esac
 done
 shift $((OPTIND - 1))
@@ -103,7 +107,7 @@ trap 'rm -rf "$run"' EXIT
 PATH=$cache/venv/bin:$PATH
 kernel=$cache/$version/boot/vmlinuz-$(cat "$cache/$version/release")
 # shellcheck disable=SC2086 # kernel arguments are separate words
-timeout --kill-after=10 "$limit" vng --verbose --disable-kvm --memory 1G --cpus 2 --run "$kernel" --user root $arguments \
+timeout --kill-after=10 "$limit" vng --verbose --disable-kvm --memory "$memory" --cpus 2 --run "$kernel" --user root $arguments \
     --rwdir "$run" ${share:+--rwdir "$share"} \
     -- "sh $run/command >$run/output 2>&1; echo \$? >$run/status" </dev/null >"$run/console" 2>&1 || true
 cat "$run/output" 2>/dev/null || true

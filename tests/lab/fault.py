@@ -7,26 +7,28 @@ built, going on, and no cure.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tests.lab.node import Node
 
-__all__ = ["Culprit", "Fault", "Feature", "Shows", "Story"]
+__all__ = ["Culprit", "Decoy", "Fault", "Feature", "Shows", "Story"]
 
 
 @dataclass(frozen=True, slots=True)
 class Culprit:
     """Who is to be blamed, or, of a decoy, who is not: labels that an alert about it carries.
 
-    `variables` are what the runbook's commands leave open, as shell variables (`pid`) or in angle brackets (`<pid>`).
+    `variables` are the shell variables that the runbook's commands leave open; `instead` is {what stands in them as an
+    example or a gap: what it is here}.
     `happened` of a decoy tells whether that which looks like the failure has really taken place.
     """
 
-    labels: Mapping[str, str]
-    variables: Mapping[str, str] = field(default_factory=dict)
+    labels: dict[str, str]
+    variables: dict[str, str] = field(default_factory=dict)
+    instead: dict[str, str] = field(default_factory=dict)
     happened: Callable[[], object] = bool
 
 
@@ -38,11 +40,13 @@ class Shows:
     """A command of the runbook's Confirm section, word for word, and what its output must show.
 
     With `rises` the command is run twice, three seconds apart, and the number that `pattern` captures must have grown.
+    A command that goes on for ever is stopped `after` so many seconds.
     """
 
     command: str
     pattern: str
     rises: bool = False
+    after: float = 120
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,14 @@ class Feature:
 
 
 @dataclass(frozen=True, slots=True)
+class Decoy:
+    """What looks like a failure and is not."""
+
+    story: Callable[[Node], Story]
+    needs: tuple[Feature, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Fault:
     """One failure of the fourteen."""
 
@@ -67,7 +79,7 @@ class Fault:
     signal: str
     """The signal of the exporter that the alert rests on, as `shoal_signal_available` names it."""
     story: Callable[[Node], Story]
-    decoys: tuple[Callable[[Node], Story], ...]
+    decoys: tuple[Decoy, ...]
     confirm: tuple[Shows, ...]
     needs: tuple[Feature, ...] = ()
     exporter: tuple[str, ...] = ()

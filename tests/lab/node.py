@@ -129,9 +129,7 @@ class Node:
                 pod.container(container)
             os.makedirs(f"/var/log/pods/{NAMESPACE}_{name}_{uid}")
             pod.sandbox = pod.start(_idle, container="sandbox")
-            Path("/run/netns", netns).touch()
-            mount(f"/proc/{pod.sandbox}/ns/net", Path("/run/netns", netns), "", _MS_BIND)
-            pod.ip("link set lo up")
+            pod.name_network()
             yield pod
         finally:
             pod.end()
@@ -139,9 +137,22 @@ class Node:
                 log.unlink()
             with suppress(OSError):
                 os.rmdir(f"/var/log/pods/{NAMESPACE}_{name}_{uid}")
-            libc.umount2(f"/run/netns/{netns}".encode(), 2)
-            Path("/run/netns", netns).unlink(missing_ok=True)
+            pod.forget_network()
             remove_cgroups(cgroup)
+
+    @contextmanager
+    def container(self, name: str) -> Iterator[Pod]:
+        """Make a container as Docker makes it, with a network namespace; it is a pod without a name, in one cgroup."""
+        identity = hashlib.sha256(f"{os.getpid()}/{name}".encode()).hexdigest()
+        pod = Pod(self, "", identity, self.cgroup(f"system.slice/docker-{identity}.scope"), name)
+        try:
+            pod.sandbox = pod.start(_idle)
+            pod.name_network()
+            yield pod
+        finally:
+            pod.end()
+            pod.forget_network()
+            remove_cgroups(pod.cgroup)
 
     @contextmanager
     def unit(self, name: str, **settings: str) -> Iterator[Unit]:
@@ -249,10 +260,12 @@ class Pod(_Workload):
     @property
     def labels(self) -> dict[str, str]:
         """What an alert calls it as a whole."""
-        return {"namespace": NAMESPACE, "pod": self.name}
+        return {"namespace": NAMESPACE, "pod": self.name} if self.name else {"container": self.uid[:12]}
 
     def container(self, name: str, *, named: bool = True, **settings: str) -> Path:
         """Make a container's cgroup, or change its settings, and return the cgroup."""
+        if not self.name:
+            return self.cgroup
         identity = hashlib.sha256(f"{self.uid}/{name}".encode()).hexdigest()
         if named:
             Path("/var/log/containers", f"{self.name}_{NAMESPACE}_{name}-{identity}.log").touch()
@@ -262,6 +275,17 @@ class Pod(_Workload):
     def start(self, job: Callable[[], object], container: str = "app") -> int:
         """Run a function in a container and return its process id once it is ready (see `ready`)."""
         return self._fork(job, self.container(container, named=container != "sandbox"), self.sandbox)
+
+    def name_network(self) -> None:
+        """Give its network namespace a name, as network plugins do, and bring up the loopback device."""
+        Path("/run/netns", self.netns).touch()
+        mount(f"/proc/{self.sandbox}/ns/net", Path("/run/netns", self.netns), "", _MS_BIND)
+        self.ip("link set lo up")
+
+    def forget_network(self) -> None:
+        """Take the name away again."""
+        libc.umount2(f"/run/netns/{self.netns}".encode(), 2)
+        Path("/run/netns", self.netns).unlink(missing_ok=True)
 
     def ip(self, command: str) -> str:
         """Run ip(8) in the pod's network namespace."""

@@ -9,7 +9,7 @@ from collections import deque
 from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Final, NoReturn
 
-from tests.lab.fault import Culprit, Fault, Shows
+from tests.lab.fault import Culprit, Decoy, Fault, Shows
 from tests.lab.node import ready
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ FAULT = Fault(
     alert="ShoalListenQueueOverflow",
     signal="listen_queue_namespaces",
     story=overflow,
-    decoys=(closed_port, syn_cookies, drops_without_overflow, absorbed_burst),
+    decoys=(Decoy(closed_port), Decoy(syn_cookies), Decoy(drops_without_overflow), Decoy(absorbed_burst)),
     confirm=(
         Shows('nsenter -t "$pid" -n nstat -asz TcpExtListenOverflows', r"TcpExtListenOverflows +(\d+)", rises=True),
         # More wait than the limit, and the listener's own drop counter is not 0.
