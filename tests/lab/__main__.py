@@ -19,6 +19,7 @@ from typing import Final
 
 from tests.lab import inside
 from tests.lab.faults import load
+from tests.lab.features import IN_VM
 from tests.lab.node import cgroup_mount, mount, remove_cgroups
 from tests.lab.stack import PORTS, PROGRAMS, REPOSITORY
 
@@ -28,7 +29,6 @@ _TOOLS: Final = (*PROGRAMS, "ip", "ss", "nstat", "nft", "conntrack", "sysctl", "
 _UNSHARE: Final = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
 _ENTER_CGROUP: Final = 'echo 0 >"$0/cgroup.procs" && exec "$@"'
 _MS_BIND: Final = 4096
-_IN_VM: Final = bool(os.environ.get("SHOAL_VM"))
 
 
 def main() -> int:
@@ -42,7 +42,7 @@ def main() -> int:
     parser.add_argument("--resolve-within", type=float, default=1200, help="seconds to wait for its end (1200)")
     parser.add_argument("--inside", metavar="CGROUP", help=argparse.SUPPRESS)
     parser.add_argument("--doors", default="", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     known = {fault.name: fault for fault in load()}
     if unknown := set(arguments.failures) - known.keys():
         parser.error(f"there is no failure {', '.join(sorted(unknown))}; there are {', '.join(known)}")
@@ -78,21 +78,21 @@ def _missing() -> str:
 def _outside(arguments: argparse.Namespace) -> int:
     """Make the namespaces, run this program in them, and clear away what outlives them."""
     cgroups = cgroup_mount()
-    for left in cgroups.glob(f"{_PREFIX}*.slice"):
+    for left in _cgroups_called(f"{_PREFIX}*.slice"):
         if not Path("/proc", left.name.removeprefix(_PREFIX).removesuffix(".slice")).exists():
             remove_cgroups(left)
     top = cgroups / f"{_PREFIX}{os.getpid()}.slice"
     arguments.output.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         command = ["setpriv", "--pdeathsig", "KILL", "--"]
-        if _IN_VM:
+        if IN_VM:
             # The virtual machine is the node; only its own mounts and processes are to be told from the machine's.
             command += _UNSHARE
         else:
             top.mkdir()
-            stack.callback(remove_cgroups, top)
+            stack.callback(lambda: [remove_cgroups(made) for made in _cgroups_called(top.name)])
             command += ["sh", "-c", _ENTER_CGROUP, str(top), *_UNSHARE, "--net", "--cgroup"]
-        command += [sys.executable, "-m", "tests.lab", *sys.argv[1:], "--inside", str(cgroups if _IN_VM else top)]
+        command += [sys.executable, "-m", "tests.lab", *sys.argv[1:], "--inside", str(cgroups if IN_VM else top)]
         doors = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in PORTS]
         if arguments.command == "demo":
             command += ["--doors", ",".join(str(door.fileno()) for door in doors)]
@@ -109,11 +109,16 @@ def _outside(arguments: argparse.Namespace) -> int:
         return status if status >= 0 else 128 - status
 
 
+def _cgroups_called(name: str) -> list[Path]:
+    """Return the cgroups of this name, in whichever hierarchies there are."""
+    return [*Path("/sys/fs/cgroup").glob(name), *Path("/sys/fs/cgroup").glob(f"*/{name}")]
+
+
 def _inside(arguments: argparse.Namespace) -> int:
     """Be process 1 of the node."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if not _IN_VM:
+    if not IN_VM:
         # The kernel refuses to mount cgroup v2 where it is mounted, in whichever cgroup namespace.
         mount(arguments.inside, cgroup_mount(), "", _MS_BIND)
     try:
@@ -122,6 +127,7 @@ def _inside(arguments: argparse.Namespace) -> int:
             return inside.demo(arguments.failures[0], doors)
         return inside.main(
             arguments.failures,
+            node_name=Path(arguments.inside).name,
             output=arguments.output.resolve(),
             interval=arguments.interval,
             patience=arguments.patience,

@@ -298,10 +298,10 @@ def _waits(seconds: int) -> dict[str, dict[str, str]]:
 
 
 @contextmanager
-def stage(faults: Sequence[Fault], interval: int) -> Iterator[tuple[Node, Stack, ExitStack]]:
+def stage(faults: Sequence[Fault], name: str, interval: int) -> Iterator[tuple[Node, Stack, ExitStack]]:
     """Make the node and start the path; also give the stack on which everything else is put."""
     with ExitStack() as scene:
-        node = Node()
+        node = Node(name)
         WORKPLACE.mkdir()
         office = scene.enter_context(node.unit("shoal-lab.service"))
 
@@ -323,14 +323,14 @@ def stage(faults: Sequence[Fault], interval: int) -> Iterator[tuple[Node, Stack,
         yield node, stack, scene
 
 
-def main(names: Sequence[str], *, output: Path, interval: int, patience: float, resolve_within: float) -> int:
+def main(names: Sequence[str], *, node_name: str, output: Path, interval: int, patience: float, resolve_within: float) -> int:
     """Run the named failures, or all, and return the exit status."""
     began = time.monotonic()
     faults = [fault for fault in load() if not names or fault.name in names]
     lab = Lab(faults, interval, patience, resolve_within)
     kernel = ".".join(platform.release().split(".")[:2])
     try:
-        with stage(faults, interval) as (node, stack, scene):
+        with stage(faults, node_name, interval) as (node, stack, scene):
             _say("exporter, Prometheus and Alertmanager answer")
             lab.run(node, stack, scene)
     finally:

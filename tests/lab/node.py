@@ -90,8 +90,12 @@ def remove_cgroups(top: Path) -> None:
 class Node:
     """The node, from within its namespaces."""
 
-    def __init__(self) -> None:
-        """Mount what is the node's own over what is the machine's, and bring up its loopback device."""
+    def __init__(self, name: str) -> None:
+        """Mount what is the node's own over what is the machine's, and bring up its loopback device.
+
+        `name` is what its cgroups are called where they are beside those of others; who made the node removes them.
+        """
+        self.name = name
         self.cgroups = cgroup_mount()
         for directory in ("/run", "/var/log"):
             mount("tmpfs", Path(directory), "tmpfs")
@@ -99,7 +103,7 @@ class Node:
             os.makedirs(directory)
         run("ip", "link", "set", "lo", "up")
         self.cgroup("system.slice/shoal-exporter.service")
-        self._addresses = 0
+        self._links = 0
 
     def cgroup(self, path: str, **settings: str) -> Path:
         """Make a cgroup and its ancestors with all controllers that there are; settings have `_` for the first dot."""
@@ -113,6 +117,12 @@ class Node:
             made.mkdir(exist_ok=True)
         for name, value in settings.items():
             (made / name.replace("_", ".", 1)).write_text(value)
+        return made
+
+    def cgroup_v1(self, controller: str) -> Path:
+        """Make the node's own cgroup in a hierarchy of cgroup v1."""
+        made = Path("/sys/fs/cgroup", controller, self.name)
+        made.mkdir(exist_ok=True)
         return made
 
     @contextmanager
@@ -164,10 +174,22 @@ class Node:
             unit.end()
             remove_cgroups(unit.cgroup)
 
+    def attach(self, pod: Pod) -> str:
+        """Join a pod to the node, which is its way to everywhere; return its address. Its device is called eth0."""
+        self._links += 1
+        network, device = f"10.76.{self._links}", f"lab{self._links}"
+        run("ip", "link", "add", device, "type", "veth", "peer", "name", "eth0", "netns", pod.netns)
+        run("ip", "address", "add", f"{network}.1/24", "dev", device)
+        run("ip", "link", "set", device, "up")
+        pod.ip(f"address add {network}.2/24 dev eth0")
+        pod.ip("link set eth0 up")
+        pod.ip(f"route add default via {network}.1")
+        return f"{network}.2"
+
     def link(self, first: Pod, second: Pod) -> tuple[str, str]:
         """Join two pods by a veth pair of a network of its own; return their addresses. Devices are called eth<N>."""
-        self._addresses += 1
-        network, device = f"10.77.{self._addresses}", f"eth{self._addresses}"
+        self._links += 1
+        network, device = f"10.77.{self._links}", f"eth{self._links}"
         first.ip(f"link add {device} type veth peer name {device} netns {second.netns}")
         for pod, host in ((first, 1), (second, 2)):
             pod.ip(f"address add {network}.{host}/24 dev {device}")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from tests.lab.fault import Culprit, Decoy, Fault, Shows
+from tests.lab.features import IN_VM
 from tests.lab.node import ready, run
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def full(node: Node) -> Story:
 
 def _limit() -> int:
     run("conntrack", "-C")  # which loads the module
-    if os.environ.get("SHOAL_VM"):
+    if IN_VM:
         _LIMIT.write_text(str(_LOWERED))
     return int(_LIMIT.read_text())
 
