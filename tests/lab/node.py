@@ -174,8 +174,8 @@ class Node:
             unit.end()
             remove_cgroups(unit.cgroup)
 
-    def attach(self, pod: Pod) -> str:
-        """Join a pod to the node, which is its way to everywhere; return its address. Its device is called eth0."""
+    def attach(self, pod: Pod) -> tuple[str, str]:
+        """Join a pod to the node, its way to everywhere. Return its address and the node's device for it."""
         self._links += 1
         network, device = f"10.76.{self._links}", f"lab{self._links}"
         run("ip", "link", "add", device, "type", "veth", "peer", "name", "eth0", "netns", pod.netns)
@@ -184,7 +184,7 @@ class Node:
         pod.ip(f"address add {network}.2/24 dev eth0")
         pod.ip("link set eth0 up")
         pod.ip(f"route add default via {network}.1")
-        return f"{network}.2"
+        return f"{network}.2", device
 
     def link(self, first: Pod, second: Pod) -> tuple[str, str]:
         """Join two pods by a veth pair of a network of its own; return their addresses. Devices are called eth<N>."""
