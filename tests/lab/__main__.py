@@ -104,9 +104,15 @@ def _outside(arguments: argparse.Namespace) -> int:
         stack.callback(process.kill)
         # An interrupt from the terminal goes to both; the one inside clears up, and then this one.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGTERM))
+        signal.signal(signal.SIGTERM, lambda *_: _interrupt_inside(process.pid))
         status = process.wait()
         return status if status >= 0 else 128 - status
+
+
+def _interrupt_inside(unshare: int) -> None:
+    """Tell the process inside to clear up; unshare itself waits for it whatever it is sent."""
+    for pid in Path(f"/proc/{unshare}/task/{unshare}/children").read_text().split():
+        os.kill(int(pid), signal.SIGTERM)
 
 
 def _cgroups_called(name: str) -> list[Path]:
