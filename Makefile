@@ -1,5 +1,8 @@
 # make run    the exporter on this machine          make check  lint, types and unit tests (what to run for a change)
 # make test   everything that CI runs               make bench  cost of a scrape, idle and on a full node
+# make lab    cause all fourteen failures on this kernel, until each page comes and goes; report in .lab/
+# make lab-vm KERNEL=6.1   the same in a virtual machine (5.10, 6.1 or 6.12); make lab-vm-all: in one after the other
+# make demo FAULT=listen_queue   cause one failure and watch it; make lab-list names them
 # make docs   write docs/metrics.md from the code   make test-vm  what only a stock kernel can show
 # make lock   pin the dependencies anew             make format lay the code out as CI wants it
 
@@ -7,7 +10,7 @@ PYTHON ?= python3
 KERNEL ?= 6.1
 BIN := .venv/bin
 
-.PHONY: run test test-vm check lint unit bench docs lock format clean
+.PHONY: run test test-vm check lint unit bench lab lab-vm lab-vm-all lab-list demo docs lock format clean
 .DELETE_ON_ERROR:
 
 run: .venv/run
@@ -36,6 +39,26 @@ bench: .venv/dev
 	tests/packages.sh
 	$(BIN)/python -m tests.bench.idle
 	$(BIN)/python -m tests.bench.full
+
+# LAB is for more: make lab LAB='--resolve-within 420 listen_queue'
+lab: .venv/dev
+	tests/packages.sh
+	$(BIN)/python -m tests.lab run $(LAB)
+
+lab-vm: .venv/dev
+	tests/packages.sh
+	tests/lab/vm.sh $(KERNEL) $(LAB)
+
+lab-vm-all: .venv/dev
+	tests/packages.sh
+	status=0; for kernel in 5.10 6.1 6.12; do tests/lab/vm.sh $$kernel $(LAB) || status=1; done; exit $$status
+
+lab-list: .venv/dev
+	$(BIN)/python -m tests.lab list
+
+demo: .venv/dev
+	tests/packages.sh
+	$(BIN)/python -m tests.lab demo $(or $(FAULT),listen_queue)
 
 docs: .venv/run
 	$(BIN)/python docs/build.py

@@ -90,7 +90,7 @@ def _outside(arguments: argparse.Namespace) -> int:
             command += _UNSHARE
         else:
             top.mkdir()
-            stack.callback(lambda: [remove_cgroups(made) for made in _cgroups_called(top.name)])
+            stack.callback(_remove_cgroups_called, top.name)
             command += ["sh", "-c", _ENTER_CGROUP, str(top), *_UNSHARE, "--net", "--cgroup"]
         command += [sys.executable, "-m", "tests.lab", *sys.argv[1:], "--inside", str(cgroups if IN_VM else top)]
         doors = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in PORTS]
@@ -120,6 +120,11 @@ def _cgroups_called(name: str) -> list[Path]:
     return [*Path("/sys/fs/cgroup").glob(name), *Path("/sys/fs/cgroup").glob(f"*/{name}")]
 
 
+def _remove_cgroups_called(name: str) -> None:
+    for made in _cgroups_called(name):
+        remove_cgroups(made)
+
+
 def _inside(arguments: argparse.Namespace) -> int:
     """Be process 1 of the node."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -127,18 +132,13 @@ def _inside(arguments: argparse.Namespace) -> int:
     if not IN_VM:
         # The kernel refuses to mount cgroup v2 where it is mounted, in whichever cgroup namespace.
         mount(arguments.inside, cgroup_mount(), "", _MS_BIND)
+    pace = inside.Pace(arguments.interval, arguments.patience, arguments.resolve_within)
+    node_name = Path(arguments.inside).name
     try:
         if arguments.command == "demo":
             doors = [socket.socket(fileno=int(number)) for number in arguments.doors.split(",")]
-            return inside.demo(arguments.failures[0], doors)
-        return inside.main(
-            arguments.failures,
-            node_name=Path(arguments.inside).name,
-            output=arguments.output.resolve(),
-            interval=arguments.interval,
-            patience=arguments.patience,
-            resolve_within=arguments.resolve_within,
-        )
+            return inside.demo(arguments.failures[0], pace, node_name=node_name, doors=doors)
+        return inside.main(arguments.failures, pace, node_name=node_name, output=arguments.output.resolve())
     except KeyboardInterrupt:
         sys.stderr.write("lab: interrupted; everything is cleared away\n")
         return 130

@@ -6,7 +6,7 @@ Prometheus before it moves; then caused; each is confirmed and cured when its pa
 
 from __future__ import annotations
 
-import os
+import asyncio
 import platform
 import re
 import shutil
@@ -14,31 +14,44 @@ import subprocess
 import sys
 import time
 import traceback
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NoReturn
 
 import yaml
-
 from tests.lab.faults import load
 from tests.lab.node import Node, ready
 from tests.lab.report import Outcome, Report
 from tests.lab.stack import PORTS, REPOSITORY, Page, Stack, start, webhook
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    import socket
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
 
     from tests.lab.fault import Culprit, Fault, Feature, Shows, Story
 
-__all__ = ["confirm_section", "main"]
+__all__ = ["Pace", "confirm_section", "demo", "main"]
 
 WORKPLACE: Final = Path("/run/lab")
 """Where everything is written, in the node's own file system."""
 
 _RISES_AFTER: Final = 3.0
+_LOOK_EVERY: Final = 0.5
 _GRID: Final = 60
 """The step of the rules' subqueries, in seconds: the grid on which counters are looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How fast a run goes and how long it waits, in seconds."""
+
+    interval: int
+    """Between two scrapes, and between two evaluations."""
+    patience: float
+    """For the pages."""
+    resolve_within: float
+    """For their ends."""
 
 
 @dataclass(slots=True)
@@ -84,12 +97,10 @@ def _begin(story: Story, stack: ExitStack) -> Culprit:
 class Lab:
     """A run."""
 
-    def __init__(self, faults: Sequence[Fault], interval: int, patience: float, resolve_within: float) -> None:
-        """Take what to run and how: seconds between scrapes, to wait for a page, and to wait for its end."""
+    def __init__(self, faults: Sequence[Fault], pace: Pace) -> None:
+        """Take what to run and how fast; nothing is built yet."""
         self.faults = faults
-        self.interval = interval
-        self.patience = patience
-        self.resolve_within = resolve_within
+        self.pace = pace
         self.outcomes = {
             one.name: Outcome(one.number, one.name, one.title, one.alert, _lacks(one.needs)) for one in faults
         }
@@ -99,14 +110,17 @@ class Lab:
 
     def run(self, node: Node, stack: Stack, scene: ExitStack) -> None:
         """Go through all phases."""
-        self._build(node, scene)
-        self._settle(stack)
+        self.build(node, scene)
+        self.settle(stack)
         self._check_signals(stack)
-        self._cause()
-        self._watch(stack)
+        self.cause()
+        self._await_pages(stack)
+        self._look_at_decoys()
+        self._await_ends(stack)
         self._judge(stack)
 
-    def _build(self, node: Node, scene: ExitStack) -> None:
+    def build(self, node: Node, scene: ExitStack) -> None:
+        """Build what is healthy so far, of every failure that can run here."""
         for fault in self.faults:
             outcome = self.outcomes[fault.name]
             if not outcome.ran:
@@ -126,9 +140,9 @@ class Lab:
             self.cases.append(case)
         _say(f"{len(self.cases)} failures and {sum(len(one.decoys) for one in self.cases)} decoys are built")
 
-    def _settle(self, stack: Stack) -> None:
+    def settle(self, stack: Stack) -> None:
         """Wait until all that has been built was scraped and a point of the grid has passed since."""
-        scraped = time.time() + 2 * self.interval + 1
+        scraped = time.time() + 2 * self.pace.interval + 1
         time.sleep(scraped - scraped % _GRID + _GRID + 2 - time.time())
         sick = {rule["name"]: rule["lastError"] for rule in stack.rules() if rule["health"] == "err"}
         if sick:
@@ -148,7 +162,8 @@ class Lab:
             elif lacks:
                 _say(f"{fault.name}: the exporter says so too, {fault.signal} is not available ({reason})")
 
-    def _cause(self) -> None:
+    def cause(self) -> None:
+        """Set every decoy and every failure going."""
         for case in list(self.cases):
             try:
                 for decoy in case.decoys:
@@ -162,39 +177,48 @@ class Lab:
             case.caused_at = time.time()
             _say(f"{case.fault.name}: {case.fault.title}")
 
-    def _watch(self, stack: Stack) -> None:
-        """Wait for the pages and for their end; confirm and cure in between."""
-        until = time.time() + self.patience
-        waiting, ending = list(self.cases), list[_Case]()
+    def _await_pages(self, stack: Stack) -> None:
+        """Wait for the pages; confirm and cure what has paged."""
+        until = time.time() + self.pace.patience
+        waiting = list(self.cases)
         while waiting and time.time() < until:
-            self._tell(stack)
+            self.tell(stack)
             for case in list(waiting):
                 if page := self._page(stack, case, "firing", case.caused_at):
                     case.outcome.seconds_to_page = page.at - case.caused_at
                     case.outcome.detected = True
                     self._confirm(case)
-                    next(case.story)
-                    case.cured_at = time.time()
-                    _say(f"{case.fault.name} is cured")
+                    self._cure(case)
                     waiting.remove(case)
-                    ending.append(case)
-            time.sleep(0.5)
+            time.sleep(_LOOK_EVERY)
         for case in waiting:
-            _say(f"{case.fault.name}: no page within {self.patience:.0f} s")
+            _say(f"{case.fault.name}: no page within {self.pace.patience:.0f} s")
+            self._cure(case)
+
+    def _cure(self, case: _Case) -> None:
+        try:
             next(case.story)
-        self._look_at_decoys(stack)
-        until = time.time() + self.resolve_within
+        except Exception as error:  # noqa: BLE001  (as in build)
+            traceback.print_exc()
+            case.outcome.problems.append(f"could not be cured: {error}")
+        case.cured_at = time.time()
+        _say(f"{case.fault.name} is cured")
+
+    def _await_ends(self, stack: Stack) -> None:
+        """Wait until the pages have ended, but for those whose evidence stays longer than there is time."""
+        until = time.time() + self.pace.resolve_within
+        ending = [case for case in self.cases if case.outcome.detected]
         for case in list(ending):
-            if case.fault.resolves_after > self.resolve_within:
+            if case.fault.resolves_after > self.pace.resolve_within:
                 case.outcome.resolve_not_awaited = True
                 ending.remove(case)
         while ending and time.time() < until:
-            self._tell(stack)
+            self.tell(stack)
             for case in list(ending):
                 if page := self._page(stack, case, "resolved", case.cured_at):
                     case.outcome.seconds_to_resolve = page.at - case.cured_at
                     ending.remove(case)
-            time.sleep(0.5)
+            time.sleep(_LOOK_EVERY)
         for case in ending:
             case.outcome.problems.append(f"the page was still there {time.time() - case.cured_at:.0f} s after the cure")
 
@@ -204,7 +228,7 @@ class Lab:
             (one for one in stack.pages() if one.status == status and one.at >= since and one.is_about(labels)), None
         )
 
-    def _tell(self, stack: Stack) -> None:
+    def tell(self, stack: Stack) -> None:
         """Say what has arrived since the last time."""
         pages = stack.pages()
         for page in pages[self._seen :]:
@@ -234,7 +258,7 @@ class Lab:
             if said:
                 case.outcome.problems.append(f"`{command}` does not show {shows.pattern!r}: {said}")
 
-    def _look_at_decoys(self, stack: Stack) -> None:
+    def _look_at_decoys(self) -> None:
         for case in self.cases:
             for decoy in case.decoys:
                 wrong = ""
@@ -266,7 +290,7 @@ class Lab:
 
 def _shown(script: str, shows: Shows) -> str:
     """Run a command of a runbook. Return nothing if it shows what it should, otherwise what it did show."""
-    outputs = []
+    outputs: list[str] = []
     for _ in range(2 if shows.rises else 1):
         if outputs:
             time.sleep(_RISES_AFTER)
@@ -290,7 +314,7 @@ def _lacks(needs: Sequence[Feature]) -> str:
 def _waits(seconds: int) -> dict[str, dict[str, str]]:
     """Return the same wait for every alert that there is."""
     waits = {"for": f"{seconds}s", "keep_firing_for": f"{seconds}s"}
-    found = {}
+    found: dict[str, dict[str, str]] = {}
     for file in (REPOSITORY / "rules").glob("*.yaml"):
         for group in yaml.safe_load(file.read_text(encoding="utf-8"))["groups"]:
             found |= {rule["alert"]: waits for rule in group["rules"] if "alert" in rule}
@@ -323,14 +347,14 @@ def stage(faults: Sequence[Fault], name: str, interval: int) -> Iterator[tuple[N
         yield node, stack, scene
 
 
-def main(names: Sequence[str], *, node_name: str, output: Path, interval: int, patience: float, resolve_within: float) -> int:
+def main(names: Sequence[str], pace: Pace, *, node_name: str, output: Path) -> int:
     """Run the named failures, or all, and return the exit status."""
     began = time.monotonic()
     faults = [fault for fault in load() if not names or fault.name in names]
-    lab = Lab(faults, interval, patience, resolve_within)
+    lab = Lab(faults, pace)
     kernel = ".".join(platform.release().split(".")[:2])
     try:
-        with stage(faults, node_name, interval) as (node, stack, scene):
+        with stage(faults, node_name, pace.interval) as (node, stack, scene):
             _say("exporter, Prometheus and Alertmanager answer")
             lab.run(node, stack, scene)
     finally:
@@ -340,6 +364,58 @@ def main(names: Sequence[str], *, node_name: str, output: Path, interval: int, p
     sys.stdout.write(f"\n{report.markdown()}\n{report.line}\n")
     sys.stdout.flush()
     return 0 if report.good else 1
+
+
+def demo(name: str, pace: Pace, *, node_name: str, doors: Sequence[socket.socket]) -> NoReturn:
+    """Show one failure: build, cause, and say what the path makes of it until interrupted.
+
+    `doors` listen on the machine, in the order of `PORTS`: whoever comes in there is led to the program inside.
+    """
+    (fault,) = (fault for fault in load() if fault.name == name)
+    if lacks := _lacks(fault.needs):
+        raise RuntimeError(f"{name} cannot run here: {lacks}")
+    lab = Lab([fault], pace)
+    with stage([fault], node_name, pace.interval) as (node, stack, scene):
+        scene.enter_context(node.unit("shoal-doors.service")).start(lambda: asyncio.run(_open(doors)))
+        lab.build(node, scene)
+        _say("a minute of health first, so that every counter is known before it moves")
+        lab.settle(stack)
+        lab.cause()
+        _say(f"waiting for {fault.alert}; rules/runbooks/{fault.alert}.md says what to do; Ctrl-C ends it all")
+        told = ""
+        while True:
+            lab.tell(stack)
+            states = sorted(
+                {alert["metric"]["alertstate"] for alert in stack.query(f'ALERTS{{alertname="{fault.alert}"}}')}
+            )
+            if (now := " and ".join(states) or "not there yet") != told:
+                _say(f"{fault.alert} is {now}")
+                told = now
+            time.sleep(1)
+
+
+async def _open(doors: Sequence[socket.socket]) -> None:
+    """Lead whoever comes in by a door to the program that it is for."""
+
+    async def copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await source.read(65536):
+                target.write(data)
+                await target.drain()
+        target.close()
+
+    def lead_to(port: int) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
+        async def lead(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            with suppress(OSError):
+                there, back = await asyncio.open_connection("127.0.0.1", port)
+                await asyncio.gather(copy(reader, back), copy(there, writer))
+
+        return lead
+
+    for door, port in zip(doors, PORTS.values(), strict=True):
+        await asyncio.start_server(lead_to(port), sock=door)
+    ready()
+    await asyncio.Event().wait()
 
 
 def keep_logs(directory: Path) -> None:

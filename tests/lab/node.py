@@ -25,7 +25,19 @@ from uuid import uuid4
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["NAMESPACE", "Node", "Pod", "Unit", "cgroup_mount", "check", "libc", "mount", "ready", "remove_cgroups", "run"]
+__all__ = [
+    "NAMESPACE",
+    "Node",
+    "Pod",
+    "Unit",
+    "cgroup_mount",
+    "check",
+    "libc",
+    "mount",
+    "ready",
+    "remove_cgroups",
+    "run",
+]
 
 NAMESPACE: Final = "lab"
 """The Kubernetes namespace that all pods are in."""
@@ -310,7 +322,7 @@ class Pod(_Workload):
         Path("/run/netns", self.netns).unlink(missing_ok=True)
 
     def ip(self, command: str) -> str:
-        """Run ip(8) in the pod's network namespace."""
+        """Have the program `ip` do this in the pod's network namespace."""
         return run("ip", "-n", self.netns, *command.split())
 
     def run(self, *command: str, text: str | None = None) -> str:

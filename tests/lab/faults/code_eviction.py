@@ -5,7 +5,6 @@ from __future__ import annotations
 import mmap
 import random
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from tests.lab.disk import disk, random_file
@@ -16,6 +15,7 @@ from tests.lab.node import ready
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from tests.lab.fault import Story
     from tests.lab.node import Node

@@ -7,7 +7,7 @@ is lowered. The entries are ASSURED, as answered connections are: others are thr
 
 from __future__ import annotations
 
-import os
+import re
 import socket
 import struct
 import time
@@ -91,7 +91,7 @@ def invalid_packets(node: Node) -> Story:
         container.run("nft", "-f", "-", text=_TRACK_IN)
         yield Culprit(
             {"netns": "container", **container.labels},
-            happened=lambda: container.run("conntrack", "-S").count("invalid=0 ") < os.cpu_count(),
+            happened=lambda: re.search(r" invalid=[1-9]", container.run("conntrack", "-S")),
         )
         container.start(_make_noise)
         yield None

@@ -68,7 +68,7 @@ def suppress_no_space() -> Iterator[None]:
             raise
 
 
-def full_of_bytes(node: Node) -> Story:
+def full_of_bytes(_node: Node) -> Story:
     """One large file fills another ext4 to the last byte; nearly all of its inodes are free."""
     with disk("logs", 32, "-N", str(_INODES)) as place:
         yield Culprit({"mountpoint": str(place)}, happened=lambda: os.statvfs(place).f_bavail == 0)
@@ -81,7 +81,7 @@ def full_of_bytes(node: Node) -> Story:
         yield None
 
 
-def steady_three_quarters(node: Node) -> Story:
+def steady_three_quarters(_node: Node) -> Story:
     """Three quarters of the inodes are in use, and that is all there is to it."""
     with disk("mail", 32, "-N", str(_INODES)) as place:
         for number in range(_INODES * 3 // 4):

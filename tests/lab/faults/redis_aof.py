@@ -13,14 +13,14 @@ import subprocess
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn, Protocol
 
 from tests.lab.disk import disk
 from tests.lab.fault import Culprit, Decoy, Fault, Shows
 from tests.lab.node import libc, ready, run
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from tests.lab.fault import Story
     from tests.lab.node import Node, Pod
@@ -61,16 +61,18 @@ def slow_disk(node: Node) -> Story:
     with _slowable() as (place, environment, slow), node.pod("session-store") as pod:
         pid = _redis(pod, place, "always", environment)
         yield Culprit(pod.labels, {"pid": str(pid)}, {"redis-cli": f"nsenter -t {pid} -n redis-cli"})
-        slow(True)
+        slow(on=True)
         pod.start(_write)
         yield None
-        slow(False)
+        slow(on=False)
         yield None
 
 
 def fast_disk(node: Node) -> Story:
-    """The same server and writes, and a disk that takes them as they come."""
-    with disk("fast-aof", 64) as place, node.pod("fast-store") as pod:
+    """The same server and writes, and a disk that takes them as they come: memory, however busy the machine is."""
+    with node.pod("fast-store") as pod:
+        place = Path("/run/disks/fast-aof")
+        place.mkdir(parents=True, exist_ok=True)
         _redis(pod, place, "always", {})
         yield Culprit(pod.labels, happened=lambda: _calls(pod, "set") > _MANY)
         pod.start(_write)
@@ -86,8 +88,15 @@ def slow_command(node: Node) -> Story:
         yield None
 
 
+class _Switch(Protocol):
+    """Makes a disk slow, or fast again."""
+
+    def __call__(self, *, on: bool) -> None:
+        """Switch."""
+
+
 @contextmanager
-def _slowable() -> Iterator[tuple[Path, dict[str, str], Callable[[bool], object]]]:
+def _slowable() -> Iterator[tuple[Path, dict[str, str], _Switch]]:
     """Give a directory for a server's data, what its environment must have, and how to make it slow and fast again."""
     if subprocess.run(["modprobe", "dm-delay"], capture_output=True, check=False).returncode == 0:
         with _delayed_disk() as (place, slow):
@@ -96,16 +105,20 @@ def _slowable() -> Iterator[tuple[Path, dict[str, str], Callable[[bool], object]
     with disk("aof", 64) as place:
         source, library, delay = (place / name for name in ("shim.c", "shim.so", "delay"))
         source.write_text(_SHIM)
+
+        def slow(*, on: bool) -> None:
+            delay.write_text(str(_SLOW_MILLISECONDS if on else 0))
+
         run("gcc", "-shared", "-fPIC", "-o", str(library), str(source))
         yield (
             place,
             {"LD_PRELOAD": str(library), "SLOW_FSYNC": str(delay)},
-            lambda on: delay.write_text(str(_SLOW_MILLISECONDS if on else 0)),
+            slow,
         )
 
 
 @contextmanager
-def _delayed_disk() -> Iterator[tuple[Path, Callable[[bool], None]]]:
+def _delayed_disk() -> Iterator[tuple[Path, _Switch]]:
     """Make an ext4 on dm-delay on a loop device, and give how to delay what is written to it."""
     image, place = Path("/run/disks/delayed.image"), Path("/run/disks/delayed")
     place.mkdir(parents=True)
@@ -116,7 +129,7 @@ def _delayed_disk() -> Iterator[tuple[Path, Callable[[bool], None]]]:
     def table(milliseconds: int) -> str:
         return f"0 {(64 << 20) // 512} delay {loop} 0 0 {loop} 0 {milliseconds}"
 
-    def slow(on: bool) -> None:  # noqa: FBT001  (a switch)
+    def slow(*, on: bool) -> None:
         _dmsetup("reload", _DEVICE, "--table", table(_SLOW_MILLISECONDS if on else 0))
         _dmsetup("suspend", _DEVICE)
         _dmsetup("resume", _DEVICE)
@@ -127,7 +140,7 @@ def _delayed_disk() -> Iterator[tuple[Path, Callable[[bool], None]]]:
         run("mount", f"/dev/mapper/{_DEVICE}", str(place))
         yield place, slow
     finally:
-        slow(False)
+        slow(on=False)
         libc.umount2(bytes(place), 2)
         _dmsetup("remove", "--deferred", _DEVICE)
         run("losetup", "--detach", loop)

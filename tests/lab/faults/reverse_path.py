@@ -15,7 +15,7 @@ from tests.lab.fault import Culprit, Decoy, Fault, Shows
 from tests.lab.node import ready
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from tests.lab.fault import Story
     from tests.lab.node import Node, Pod
@@ -28,7 +28,10 @@ def strict(node: Node) -> Story:
     """A pod with two devices, rp_filter 1, and a peer that sends from the address of one over the other."""
     with node.pod("multi-homed") as pod, node.pod("peer") as peer:
         send = _two_ways(node, pod, peer, mode=1)
-        yield Culprit(pod.labels, instead={"nstat": f"nsenter -t {pod.sandbox} -n nstat", "sysctl": f"nsenter -t {pod.sandbox} -n sysctl"})
+        yield Culprit(
+            pod.labels,
+            instead={"nstat": f"nsenter -t {pod.sandbox} -n nstat", "sysctl": f"nsenter -t {pod.sandbox} -n sysctl"},
+        )
         sender = peer.start(send)
         yield None
         peer.kill(sender)
@@ -42,9 +45,7 @@ def _two_ways(node: Node, pod: Pod, peer: Pod, mode: int) -> Callable[[], NoRetu
     for device in ("all", "default", *devices):
         pod.sysctl(f"net.ipv4.conf.{device}.rp_filter", mode if device == "all" else 0)
     out = next(link["dev"] for link in json.loads(peer.ip(f"-j route get {destination}")))
-    mac = next(
-        link["address"] for link in json.loads(pod.ip("-j link")) if link["ifname"] == out
-    )
+    mac = next(link["address"] for link in json.loads(pod.ip("-j link")) if link["ifname"] == out)
     peer.ip(f"neigh replace {destination} lladdr {mac} dev {out} nud permanent")
 
     def send() -> NoReturn:
@@ -72,7 +73,9 @@ def firewall(node: Node) -> Story:
     """The same packets with the filter off and a firewall that drops them."""
     with node.pod("firewalled") as pod, node.pod("peer-of-firewalled") as peer:
         send = _two_ways(node, pod, peer, mode=0)
-        pod.run("nft", "-f", "-", text="table ip lab { chain in { type filter hook input priority 0; counter drop; }; }")
+        pod.run(
+            "nft", "-f", "-", text="table ip lab { chain in { type filter hook input priority 0; counter drop; }; }"
+        )
         yield Culprit(pod.labels, happened=lambda: "counter packets 0 " not in pod.run("nft", "list", "ruleset"))
         peer.start(send)
         yield None

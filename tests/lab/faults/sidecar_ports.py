@@ -61,10 +61,15 @@ def hold(addresses: list[str], each: int) -> Callable[[], NoReturn]:
             with socket.socket() as one_more:
                 assert one_more.connect_ex((addresses[0], SERVICE)) == errno.EADDRNOTAVAIL
         ready()
-        while kept:
-            time.sleep(60)
+        keep(kept)
 
     return job
+
+
+def keep(_connections: list[socket.socket]) -> NoReturn:
+    """Hold connections for ever."""
+    while True:
+        time.sleep(60)
 
 
 def spread(node: Node) -> Story:
@@ -98,8 +103,7 @@ def _visit(address: str) -> Callable[[], NoReturn]:
     def job() -> NoReturn:
         kept = [socket.create_connection((address, SERVICE)) for _ in range(3 * PORTS)]
         ready()
-        while kept:
-            time.sleep(60)
+        keep(kept)
 
     return job
 
