@@ -78,9 +78,7 @@ def _missing() -> str:
 def _outside(arguments: argparse.Namespace) -> int:
     """Make the namespaces, run this program in them, and clear away what outlives them."""
     cgroups = cgroup_mount()
-    for left in _cgroups_called(f"{_PREFIX}*.slice"):
-        if not Path("/proc", left.name.removeprefix(_PREFIX).removesuffix(".slice")).exists():
-            remove_cgroups(left)
+    _clear_away()
     top = cgroups / f"{_PREFIX}{os.getpid()}.slice"
     arguments.output.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -107,6 +105,13 @@ def _outside(arguments: argparse.Namespace) -> int:
         signal.signal(signal.SIGTERM, lambda *_: _interrupt_inside(process.pid))
         status = process.wait()
         return status if status >= 0 else 128 - status
+
+
+def _clear_away() -> None:
+    """Remove the cgroups of runs that were killed."""
+    for left in _cgroups_called(f"{_PREFIX}*.slice"):
+        if not Path("/proc", left.name.removeprefix(_PREFIX).removesuffix(".slice")).exists():
+            remove_cgroups(left)
 
 
 def _interrupt_inside(unshare: int) -> None:

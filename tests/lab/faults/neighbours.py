@@ -7,11 +7,12 @@ that cannot change, so it is a permanent one here, as someone has made it who wa
 from __future__ import annotations
 
 import json
+import time
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from tests.lab.fault import Culprit, Decoy, Fault, Shows
-from tests.lab.node import run
+from tests.lab.node import ready, run
 
 if TYPE_CHECKING:
     from tests.lab.fault import Story
@@ -82,12 +83,20 @@ def quiet_segment(node: Node) -> Story:
             {"device": device},
             happened=lambda: run("ip", "neigh", "show", "nud", "stale", "dev", device).count("\n") > _STALE // 2,
         )
-        entries = (
+        entries = "".join(
             f"neigh replace 10.78.3.{host} lladdr 02:00:00:00:03:{host:02x} nud stale dev {device}\n"
             for host in range(4, 4 + _STALE)
             if host != 100
         )
-        run("ip", "-batch", "-", text="".join(entries))
+
+        def renew() -> NoReturn:
+            # The kernel throws stale entries out after a minute if there are more than gc_thresh1 of them.
+            while True:
+                run("ip", "-batch", "-", text=entries)
+                ready()
+                time.sleep(20)
+
+        stack.enter_context(node.unit("quiet.service")).start(renew)
         yield None
 
 
