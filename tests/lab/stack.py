@@ -38,7 +38,7 @@ PORTS: Final = {"exporter": 7462, "prometheus": 9090, "alertmanager": 9093, "web
 
 _HOST: Final = "127.0.0.1"
 _RULES: Final = REPOSITORY / "rules"
-_STARTS_WITHIN: Final = 180.0
+_STARTS_WITHIN: Final = 900.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The fault lab without its faults: what its files declare, what its report says, what it clears away, what it asks for.
+"""The fault lab without its faults: what its files declare, what its report says, what it clears away and asks for.
 
 That the faults page is for `make lab` to show.
 """
