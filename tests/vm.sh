@@ -6,8 +6,9 @@
 #   tests/vm.sh -w /tmp/out -a psi=0 6.12 -- python3 tests/record_fixtures.py /tmp/out/6.12
 #
 # VERSION is 5.10, 6.1 or 6.12, MEMORY what the machine has (1G), IMAGE a disk that it sees as /dev/vda. DIR is the only
-# directory that the command can write to and that outlives the machine. The command runs as root with SHOAL_VM=1 set; its output and its exit status become this script's. Kernels and
-# virtme-ng are fetched once, with apt and pip as they are configured here, into a cache outside the repository.
+# directory that the command can write to and that outlives the machine. The command runs as root with SHOAL_VM=1 set;
+# its output and its exit status become this script's. Kernels and virtme-ng are fetched once, with apt and pip as they
+# are configured here, into a cache outside the repository.
 # SHOAL_VM_TIMEOUT is in seconds (180); SHOAL_VM_CACHE moves the cache.
 set -eu
 
