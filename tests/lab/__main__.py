@@ -88,7 +88,7 @@ def _outside(arguments: argparse.Namespace) -> int:
             command += _UNSHARE
         else:
             top.mkdir()
-            stack.callback(_remove_cgroups_called, top.name)
+            stack.callback(remove_cgroups, top)
             command += ["sh", "-c", _ENTER_CGROUP, str(top), *_UNSHARE, "--net", "--cgroup"]
         command += [sys.executable, "-m", "tests.lab", *sys.argv[1:], "--inside", str(cgroups if IN_VM else top)]
         doors = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in PORTS]
@@ -98,36 +98,30 @@ def _outside(arguments: argparse.Namespace) -> int:
                 if name != "webhook":
                     sys.stdout.write(f"{name}: http://127.0.0.1:{door.getsockname()[1]}/\n")
             sys.stdout.flush()
-        process = subprocess.Popen(command, cwd=REPOSITORY, pass_fds=[door.fileno() for door in doors])
+        # In a session of its own, so that an interrupt from the terminal comes to this process alone, which passes it on.
+        process = subprocess.Popen(
+            command, cwd=REPOSITORY, pass_fds=[door.fileno() for door in doors], start_new_session=True
+        )
         stack.callback(process.kill)
-        # An interrupt from the terminal goes to both; the one inside clears up, and then this one.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, lambda *_: _interrupt_inside(process.pid))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: _interrupt_inside(process.pid))
         status = process.wait()
         return status if status >= 0 else 128 - status
 
 
 def _clear_away() -> None:
     """Remove the cgroups of runs that were killed."""
-    for left in _cgroups_called(f"{_PREFIX}*.slice"):
+    for left in cgroup_mount().glob(f"{_PREFIX}*.slice"):
         if not Path("/proc", left.name.removeprefix(_PREFIX).removesuffix(".slice")).exists():
             remove_cgroups(left)
 
 
 def _interrupt_inside(unshare: int) -> None:
-    """Tell the process inside to clear up; unshare itself waits for it whatever it is sent."""
+    """Tell the process inside to clear up, once; unshare itself waits for it whatever it is sent."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     for pid in Path(f"/proc/{unshare}/task/{unshare}/children").read_text().split():
         os.kill(int(pid), signal.SIGTERM)
-
-
-def _cgroups_called(name: str) -> list[Path]:
-    """Return the cgroups of this name, in whichever hierarchies there are."""
-    return [*Path("/sys/fs/cgroup").glob(name), *Path("/sys/fs/cgroup").glob(f"*/{name}")]
-
-
-def _remove_cgroups_called(name: str) -> None:
-    for made in _cgroups_called(name):
-        remove_cgroups(made)
 
 
 def _inside(arguments: argparse.Namespace) -> int:
@@ -138,12 +132,11 @@ def _inside(arguments: argparse.Namespace) -> int:
         # The kernel refuses to mount cgroup v2 where it is mounted, in whichever cgroup namespace.
         mount(arguments.inside, cgroup_mount(), "", _MS_BIND)
     pace = inside.Pace(arguments.interval, arguments.patience, arguments.resolve_within)
-    node_name = Path(arguments.inside).name
     try:
         if arguments.command == "demo":
             doors = [socket.socket(fileno=int(number)) for number in arguments.doors.split(",")]
-            return inside.demo(arguments.failures[0], pace, node_name=node_name, doors=doors)
-        return inside.main(arguments.failures, pace, node_name=node_name, output=arguments.output.resolve())
+            return inside.demo(arguments.failures[0], pace, doors=doors)
+        return inside.main(arguments.failures, pace, output=arguments.output.resolve())
     except KeyboardInterrupt:
         sys.stderr.write("lab: interrupted; everything is cleared away\n")
         return 130

@@ -35,6 +35,6 @@ def _no_delay_accounting() -> str:
 
 
 MEMORY_CONTROLLER: Final = _controller("memory", kernel=True)
-CPU_CONTROLLER: Final = _controller("cpu", kernel=False)
+CPU_CONTROLLER: Final = _controller("cpu", kernel=True)
 IO_CONTROLLER: Final = _controller("io", kernel=False)
 DELAY_ACCOUNTING: Final = Feature("delay accounting", _no_delay_accounting, kernel=True)

@@ -322,10 +322,10 @@ def _waits(seconds: int) -> dict[str, dict[str, str]]:
 
 
 @contextmanager
-def stage(faults: Sequence[Fault], name: str, interval: int) -> Iterator[tuple[Node, Stack, ExitStack]]:
+def stage(faults: Sequence[Fault], interval: int) -> Iterator[tuple[Node, Stack, ExitStack]]:
     """Make the node and start the path; also give the stack on which everything else is put."""
     with ExitStack() as scene:
-        node = Node(name)
+        node = Node()
         WORKPLACE.mkdir()
         office = scene.enter_context(node.unit("shoal-lab.service"))
 
@@ -347,14 +347,14 @@ def stage(faults: Sequence[Fault], name: str, interval: int) -> Iterator[tuple[N
         yield node, stack, scene
 
 
-def main(names: Sequence[str], pace: Pace, *, node_name: str, output: Path) -> int:
+def main(names: Sequence[str], pace: Pace, *, output: Path) -> int:
     """Run the named failures, or all, and return the exit status."""
     began = time.monotonic()
     faults = [fault for fault in load() if not names or fault.name in names]
     lab = Lab(faults, pace)
     kernel = ".".join(platform.release().split(".")[:2])
     try:
-        with stage(faults, node_name, pace.interval) as (node, stack, scene):
+        with stage(faults, pace.interval) as (node, stack, scene):
             _say("exporter, Prometheus and Alertmanager answer")
             lab.run(node, stack, scene)
     finally:
@@ -366,7 +366,7 @@ def main(names: Sequence[str], pace: Pace, *, node_name: str, output: Path) -> i
     return 0 if report.good else 1
 
 
-def demo(name: str, pace: Pace, *, node_name: str, doors: Sequence[socket.socket]) -> NoReturn:
+def demo(name: str, pace: Pace, *, doors: Sequence[socket.socket]) -> NoReturn:
     """Show one failure: build, cause, and say what the path makes of it until interrupted.
 
     `doors` listen on the machine, in the order of `PORTS`: whoever comes in there is led to the program inside.
@@ -375,7 +375,7 @@ def demo(name: str, pace: Pace, *, node_name: str, doors: Sequence[socket.socket
     if lacks := _lacks(fault.needs):
         raise RuntimeError(f"{name} cannot run here: {lacks}")
     lab = Lab([fault], pace)
-    with stage([fault], node_name, pace.interval) as (node, stack, scene):
+    with stage([fault], pace.interval) as (node, stack, scene):
         scene.enter_context(node.unit("shoal-doors.service")).start(lambda: asyncio.run(_open(doors)))
         lab.build(node, scene)
         _say("a minute of health first, so that every counter is known before it moves")

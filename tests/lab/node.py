@@ -102,12 +102,8 @@ def remove_cgroups(top: Path) -> None:
 class Node:
     """The node, from within its namespaces."""
 
-    def __init__(self, name: str) -> None:
-        """Mount what is the node's own over what is the machine's, and bring up its loopback device.
-
-        `name` is what its cgroups are called where they are beside those of others; who made the node removes them.
-        """
-        self.name = name
+    def __init__(self) -> None:
+        """Mount what is the node's own over what is the machine's, and bring up its loopback device."""
         self.cgroups = cgroup_mount()
         for directory in ("/run", "/var/log"):
             mount("tmpfs", Path(directory), "tmpfs")
@@ -129,12 +125,6 @@ class Node:
             made.mkdir(exist_ok=True)
         for name, value in settings.items():
             (made / name.replace("_", ".", 1)).write_text(value)
-        return made
-
-    def cgroup_v1(self, controller: str) -> Path:
-        """Make the node's own cgroup in a hierarchy of cgroup v1."""
-        made = Path("/sys/fs/cgroup", controller, self.name)
-        made.mkdir(exist_ok=True)
         return made
 
     @contextmanager
