@@ -98,7 +98,7 @@ def _outside(arguments: argparse.Namespace) -> int:
                 if name != "webhook":
                     sys.stdout.write(f"{name}: http://127.0.0.1:{door.getsockname()[1]}/\n")
             sys.stdout.flush()
-        # In a session of its own, so that an interrupt from the terminal comes to this process alone, which passes it on.
+        # In a session of its own: an interrupt from the terminal comes to this process alone, which passes it on.
         process = subprocess.Popen(
             command, cwd=REPOSITORY, pass_fds=[door.fileno() for door in doors], start_new_session=True
         )
