@@ -26,7 +26,7 @@ case $python in /usr) python= ;; esac
     [ -z "$python" ] || printf '%s\n' "$python"/lib/python3*/site-packages "$python"/lib/python3*/test
 } | sed 's|^/||' >"$work/without"
 tar -C / --exclude-from="$work/without" --one-file-system -cf - \
-    bin sbin lib lib64 etc usr/bin usr/sbin usr/lib usr/lib64 "${PWD#/}/exporter" "${PWD#/}/rules" "${PWD#/}/tests/lab" \
+    bin sbin lib lib64 etc usr/bin usr/sbin usr/lib usr/lib64 usr/share/prometheus "${PWD#/}/exporter" "${PWD#/}/rules" "${PWD#/}/tests/lab" \
     "${PWD#/}/.venv" ${python:+"${python#/}"} 2>/dev/null |
     mksquashfs - "$work/image" -tar -noI -noD -noF -noX -no-xattrs -quiet -no-progress >/dev/null
 
