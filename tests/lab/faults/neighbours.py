@@ -7,6 +7,7 @@ that cannot change, so it is a permanent one here, as someone has made it who wa
 from __future__ import annotations
 
 import json
+import socket
 import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final, NoReturn
@@ -69,6 +70,16 @@ def clean_failover(node: Node) -> Story:
         yield Culprit(
             {"address": _FAILED_OVER}, happened=lambda: mac in run("ip", "neigh", "show", _FAILED_OVER, "dev", device)
         )
+
+        def talk() -> NoReturn:
+            # An entry that is not in use is thrown out.
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as link:
+                ready()
+                while True:
+                    link.sendto(b"x", (_FAILED_OVER, 9))
+                    time.sleep(1)
+
+        stack.enter_context(node.unit("client.service")).start(talk)
         old.ip(f"address del {_FAILED_OVER}/24 dev eth0")
         new.ip(f"address add {_FAILED_OVER}/24 dev eth0")
         new.run("arping", "-U", "-c", "3", "-I", "eth0", _FAILED_OVER)
@@ -90,8 +101,9 @@ def quiet_segment(node: Node) -> Story:
         )
 
         def renew() -> NoReturn:
-            # The kernel throws stale entries out after a minute if there are more than gc_thresh1 of them.
+            # The kernel throws out what was made a minute ago if there are more than gc_thresh1 of them.
             while True:
+                run("ip", "neigh", "flush", "dev", device, "nud", "stale")
                 run("ip", "-batch", "-", text=entries)
                 ready()
                 time.sleep(20)

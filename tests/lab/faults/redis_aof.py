@@ -191,10 +191,13 @@ def _ask_over_and_over(pause: float, *words: str) -> NoReturn:
     request = f"*{len(words)}\r\n" + "".join(f"${len(word)}\r\n{word}\r\n" for word in words)
     with socket.create_connection(("127.0.0.1", _PORT)) as link:
         ready()
-        while True:
-            link.sendall(request.encode())
-            link.recv(1000)
-            time.sleep(pause)
+        with suppress(ConnectionError):
+            while True:
+                link.sendall(request.encode())
+                link.recv(1000)
+                time.sleep(pause)
+    # The server ended before its client.
+    os._exit(0)
 
 
 def _write() -> NoReturn:
