@@ -30,9 +30,17 @@ tar -C / --exclude-from="$work/without" --one-file-system -cf - \
     "${PWD#/}/.venv" ${python:+"${python#/}"} 2>/dev/null |
     mksquashfs - "$work/image" -tar -noI -noD -noF -noX -no-xattrs -quiet -no-progress >/dev/null
 
-mkdir -p .lab
+# What the lab says is shown as it comes; what the machine's start says, only if it fails.
+mkdir -p .lab "$work/out"
+: >"$work/out/said"
+tail -f "$work/out/said" &
+tail=$!
 status=0
 SHOAL_VM_TIMEOUT=${SHOAL_VM_TIMEOUT:-2400} tests/vm.sh -w "$work/out" -d "$work/image" -m 3G "$version" -- \
-    busybox sh "$PWD/tests/lab/vm_init.sh" "$PWD" "$work/out" "$@" || status=$?
+    busybox sh "$PWD/tests/lab/vm_init.sh" "$PWD" "$work/out" "$@" >"$work/vm" 2>&1 || status=$?
+sleep 1
+kill $tail
+[ $status != 125 ] || cat "$work/vm" >&2
+rm "$work/out/said"
 cp -r "$work/out/." .lab/
 exit $status

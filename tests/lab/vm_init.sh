@@ -24,4 +24,4 @@ for directory in /proc /sys /dev /lib/modules "$out"; do
 done
 cd $root
 exec busybox chroot . /bin/sh -c 'cd "$0" && exec .venv/bin/python -m tests.lab "$@"' "$repository" \
-    run --output "$out" --interval 20 --patience 1200 "$@"
+    run --output "$out" --interval 20 --patience 1200 "$@" >"$out/said" 2>&1
