@@ -43,10 +43,11 @@ def starved(node: Node) -> Story:
 
 def _spin(nice: int = 0) -> Callable[[], NoReturn]:
     def job() -> NoReturn:
-        os.sched_setaffinity(0, {_CPU})
         # Whatever the lab itself was started with.
         os.setpriority(os.PRIO_PROCESS, 0, nice)
+        # Before it is the last in the queue.
         ready()
+        os.sched_setaffinity(0, {_CPU})
         while True:
             pass
 
