@@ -48,7 +48,7 @@ def _run_here_and_there(program: Path) -> Callable[[], None]:
             while True:
                 for _ in range(100):
                     pages[chance.randrange(len(pages))]
-                time.sleep(0.002)
+                time.sleep(0.01)
 
     return job
 
@@ -60,7 +60,7 @@ def room_to_spare(node: Node) -> Story:
         cgroup = pod.container("app", memory_max=str(224 * _MIB))
         yield Culprit(pod.labels, happened=lambda: int((cgroup / "memory.current").read_text()) > 100 * _MIB)
         pod.start(_run_here_and_there(program))
-        pod.start(read_again_and_again(data, pause=2))
+        pod.start(read_again_and_again(data, pause=10))
         yield None
 
 
