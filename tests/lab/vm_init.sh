@@ -18,10 +18,14 @@ busybox mkdir -p $root/run $root/tmp
 busybox mount -t tmpfs tmpfs $root/run
 busybox mount -t tmpfs tmpfs $root/tmp
 busybox mkdir -p $root/var/log $root/root
-for directory in /proc /sys /dev /lib/modules "$out"; do
+for directory in /proc /sys /dev "$out"; do
     busybox mkdir -p "$root$directory"
     busybox mount --rbind "$directory" "$root$directory"
 done
+# The modules are a link to where they were unpacked.
+modules=/lib/modules/$(busybox uname -r)
+busybox mkdir -p "$root$modules"
+busybox mount --bind "$(busybox readlink -f "$modules")" "$root$modules"
 cd $root
 exec busybox chroot . /bin/sh -c 'cd "$0" && exec .venv/bin/python -m tests.lab "$@"' "$repository" \
     run --output "$out" --interval 20 --patience 1200 "$@" >"$out/said" 2>&1
