@@ -1,7 +1,10 @@
 # make run          the exporter on this machine
 # make check        lint, types and unit tests: what to run for a change
-# make test         everything that CI runs
-# make test-vm      what only a stock kernel can show (KERNEL=6.1)
+# make test         everything that CI runs, the lab on this kernel and one stock kernel included
+# make lab          cause all fourteen failures on this kernel, until each page comes and goes; report in .lab/
+# make lab-vm       the same in a virtual machine: KERNEL=5.10, 6.1 or 6.12; make lab-vm-all is one after the other
+# make demo         cause one failure and watch it: FAULT=listen_queue; make lab-list names them
+# make test-vm      what else only a stock kernel can show: KERNEL=6.1
 # make bench        cost of a scrape, idle and on a full node       make bench-rules  the rule pack for a thousand nodes
 # make rule-tests   after an alert is added, renamed or removed     make rules-next   the rule pack in a current promtool
 # make docs         write docs/metrics.md and the chart's README    make format       lay the code out as CI wants it
@@ -12,7 +15,8 @@ PYTHON ?= python3
 KERNEL ?= 6.1
 BIN := .venv/bin
 
-.PHONY: run test test-vm check lint unit bench bench-rules rule-tests rules-next docs chart image lock format clean
+.PHONY: run test test-vm check lint unit bench bench-rules rule-tests rules-next lab lab-vm lab-vm-all lab-list demo \
+    docs chart image lock format clean
 .DELETE_ON_ERROR:
 
 run: .venv/run
@@ -41,6 +45,26 @@ bench: .venv/dev
 	tests/packages.sh
 	$(BIN)/python -m tests.bench.idle
 	$(BIN)/python -m tests.bench.full
+
+# LAB is for more: make lab LAB='--resolve-within 420 listen_queue'
+lab: .venv/dev
+	tests/packages.sh
+	$(BIN)/python -m tests.lab run $(LAB)
+
+lab-vm: .venv/dev
+	tests/packages.sh
+	tests/lab/vm.sh $(KERNEL) $(LAB)
+
+lab-vm-all: .venv/dev
+	tests/packages.sh
+	status=0; for kernel in 5.10 6.1 6.12; do tests/lab/vm.sh $$kernel $(LAB) || status=1; done; exit $$status
+
+lab-list: .venv/dev
+	$(BIN)/python -m tests.lab list
+
+demo: .venv/dev
+	tests/packages.sh
+	$(BIN)/python -m tests.lab demo $(or $(FAULT),listen_queue)
 
 # A thousand nodes with thirty pods each; takes half an hour and 8 GiB of memory.
 bench-rules: .venv/dev

@@ -18,6 +18,15 @@ need nft nftables
 need conntrack conntrack
 need iptables-nft iptables
 need setpriv util-linux
+need nstat iproute2
+need sysctl procps
+need arping iputils-arping
+need ping iputils-ping
+need mkfs.ext4 e2fsprogs
+need dmsetup dmsetup
+need qemu-system-x86_64 qemu-system-x86
+need depmod kmod
+need mksquashfs squashfs-tools
 need openssl openssl
 need dockerd docker.io
 need busybox busybox-static

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import pytest
 import yaml
-from tests.e2e.stack import EXAMPLES, alertmanager, receiving, wait_for
+from tests.e2e.alertmanager import EXAMPLES, alertmanager, receiving, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

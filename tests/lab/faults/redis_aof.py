@@ -1,0 +1,223 @@
+"""Failure 1: a Redis with appendfsync always stands still while its disk flushes, and everything else looks idle.
+
+Where there is device-mapper (a stock kernel) the disk below it is slowed down for real, by dm-delay. Elsewhere a
+preloaded library makes fdatasync() slow, and the server's own latency monitor is the witness, as the disk cannot be.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NoReturn, Protocol
+
+from tests.lab.disk import disk
+from tests.lab.fault import Culprit, Decoy, Fault, Shows
+from tests.lab.node import libc, ready, run
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.lab.fault import Story
+    from tests.lab.node import Node, Pod
+
+_PORT: Final = 6379
+_SLOW_MILLISECONDS: Final = 150
+_MANY: Final = 100
+_DEVICE: Final = "shoal-lab-redis"
+_STARTS_WITHIN: Final = 60.0
+_TICK: Final = 0.2
+
+_SHIM: Final = """
+#define _GNU_SOURCE
+#include <stdio.h>
+#include <stdlib.h>
+#include <time.h>
+
+/* A flush takes as many milliseconds as the file named by SLOW_FSYNC says, or up to 100 more, and is not done. */
+int fdatasync(int fd) {
+    (void)fd;
+    int milliseconds = 0;
+    FILE *file = fopen(getenv("SLOW_FSYNC"), "r");
+    if (file) {
+        if (fscanf(file, "%d", &milliseconds) != 1) milliseconds = 0;
+        fclose(file);
+    }
+    if (milliseconds) milliseconds += rand() % 100;
+    struct timespec wait = {milliseconds / 1000, milliseconds % 1000 * 1000000L};
+    nanosleep(&wait, NULL);
+    return 0;
+}
+int fsync(int fd) { return fdatasync(fd); }
+"""
+
+
+def slow_disk(node: Node) -> Story:
+    """Five writes a second, each of which waits for a flush of a sixth of a second or more."""
+    with _slowable() as (place, environment, slow), node.pod("session-store") as pod:
+        pid = _redis(pod, place, "always", environment)
+        yield Culprit(pod.labels, {"pid": str(pid)}, {"redis-cli": f"nsenter -t {pid} -n redis-cli"})
+        slow(on=True)
+        pod.start(_write)
+        yield None
+        slow(on=False)
+        yield None
+
+
+def fast_disk(node: Node) -> Story:
+    """The same server and writes, and a disk that takes them as they come: memory, however busy the machine is."""
+    with node.pod("fast-store") as pod:
+        place = Path("/run/disks/fast-aof")
+        place.mkdir(parents=True, exist_ok=True)
+        _redis(pod, place, "always", {})
+        yield Culprit(pod.labels, happened=lambda: _calls(pod, "set") > _MANY)
+        pod.start(_write)
+        yield None
+
+
+def slow_command(node: Node) -> Story:
+    """A command that takes 300 ms, every two seconds: no PING is answered meanwhile, and no disk is to blame."""
+    with disk("slow-command", 64) as place, node.pod("leaderboard") as pod:
+        _redis(pod, place, "everysec", {})
+        yield Culprit(pod.labels, happened=lambda: _calls(pod, "debug") > _MANY // 2)
+        pod.start(_sleep_in_the_server)
+        yield None
+
+
+class _Switch(Protocol):
+    """Makes a disk slow, or fast again."""
+
+    def __call__(self, *, on: bool) -> None:
+        """Switch."""
+
+
+@contextmanager
+def _slowable() -> Iterator[tuple[Path, dict[str, str], _Switch]]:
+    """Give a directory for a server's data, what its environment must have, and how to make it slow and fast again."""
+    if subprocess.run(["modprobe", "dm-delay"], capture_output=True, check=False).returncode == 0:
+        with _delayed_disk() as (place, slow):
+            yield place, {}, slow
+        return
+    with disk("aof", 64) as place:
+        source, library, delay = (place / name for name in ("shim.c", "shim.so", "delay"))
+        source.write_text(_SHIM)
+
+        def slow(*, on: bool) -> None:
+            delay.write_text(str(_SLOW_MILLISECONDS if on else 0))
+
+        run("gcc", "-shared", "-fPIC", "-o", str(library), str(source))
+        yield (
+            place,
+            {"LD_PRELOAD": str(library), "SLOW_FSYNC": str(delay)},
+            slow,
+        )
+
+
+@contextmanager
+def _delayed_disk() -> Iterator[tuple[Path, _Switch]]:
+    """Make an ext4 on dm-delay on a loop device, and give how to delay what is written to it."""
+    image, place = Path("/run/disks/delayed.image"), Path("/run/disks/delayed")
+    place.mkdir(parents=True)
+    with image.open("wb") as file:
+        file.truncate(64 << 20)
+    loop = run("losetup", "--find", "--show", str(image)).strip()
+
+    def table(milliseconds: int) -> str:
+        return f"0 {(64 << 20) // 512} delay {loop} 0 0 {loop} 0 {milliseconds}"
+
+    def slow(*, on: bool) -> None:
+        _dmsetup("reload", _DEVICE, "--table", table(_SLOW_MILLISECONDS if on else 0))
+        _dmsetup("suspend", _DEVICE)
+        _dmsetup("resume", _DEVICE)
+
+    _dmsetup("create", _DEVICE, "--table", table(0))
+    try:
+        run("mkfs.ext4", "-q", "-F", f"/dev/mapper/{_DEVICE}")
+        run("mount", f"/dev/mapper/{_DEVICE}", str(place))
+        yield place, slow
+    finally:
+        slow(on=False)
+        libc.umount2(bytes(place), 2)
+        _dmsetup("remove", "--deferred", _DEVICE)
+        run("losetup", "--detach", loop)
+
+
+def _dmsetup(*arguments: str) -> None:
+    # There is no udev to wait for.
+    run("dmsetup", "--noudevsync", "--noudevrules", *arguments)
+
+
+def _redis(pod: Pod, place: Path, appendfsync: str, environment: dict[str, str]) -> int:
+    """Start a redis-server in the pod and return its process id once it answers."""
+    options = {
+        "port": _PORT,
+        "dir": place,
+        "logfile": place / "log",
+        "save": "",
+        "appendonly": "yes",
+        "appendfsync": appendfsync,
+        "latency-monitor-threshold": 50,
+        "enable-debug-command": "yes",
+    }
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+    def serve() -> NoReturn:
+        ready()
+        os.execvpe("redis-server", ["redis-server", *words], os.environ | environment)  # noqa: S606  (it is to be it)
+
+    pid = pod.start(serve)
+    until = time.monotonic() + _STARTS_WITHIN
+    while True:
+        with suppress(RuntimeError):
+            if "PONG" in pod.run("redis-cli", "ping"):
+                return pid
+        if time.monotonic() > until:
+            raise TimeoutError("redis-server does not answer")
+        time.sleep(_TICK)
+
+
+def _calls(pod: Pod, command: str) -> int:
+    """Return how often a command was called, as the server counts."""
+    found = re.search(rf"cmdstat_{command}:calls=(\d+)", pod.run("redis-cli", "info", "commandstats"))
+    return int(found[1]) if found else 0
+
+
+def _ask_over_and_over(pause: float, *words: str) -> NoReturn:
+    """Send one command after the other, with a pause after each answer."""
+    request = f"*{len(words)}\r\n" + "".join(f"${len(word)}\r\n{word}\r\n" for word in words)
+    with socket.create_connection(("127.0.0.1", _PORT)) as link:
+        ready()
+        with suppress(ConnectionError):
+            while True:
+                link.sendall(request.encode())
+                link.recv(1000)
+                time.sleep(pause)
+    # The server ended before its client.
+    os._exit(0)
+
+
+def _write() -> NoReturn:
+    _ask_over_and_over(_TICK, "set", "session", "x" * 100)
+
+
+def _sleep_in_the_server() -> NoReturn:
+    _ask_over_and_over(2, "debug", "sleep", "0.3")
+
+
+FAULT = Fault(
+    number=1,
+    title="The append-only file is the p99 of Redis",
+    alert="ShoalRedisAofStall",
+    signal="redis_aof_servers",
+    story=slow_disk,
+    decoys=(Decoy(fast_disk), Decoy(slow_command)),
+    confirm=(
+        Shows("redis-cli -p 6379 --latency-history -i 5", r"max: \d{2,}|^\d+ \d{2,} ", after=7),
+        Shows("redis-cli -p 6379 config get appendfsync", r"always"),
+    ),
+    exporter=("--redis.discover=true",),
+)

@@ -1,0 +1,135 @@
+"""What a run of the lab found out, as a person reads it and as a program does."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["FAULTS", "Outcome", "Report"]
+
+FAULTS: Final = 14
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of one failure."""
+
+    number: int
+    name: str
+    title: str
+    alert: str
+    cannot_run: str = ""
+    """The feature that is missing, and why; nothing if it ran."""
+    detected: bool = False
+    attributed: bool = False
+    blamed: list[dict[str, str]] = field(default_factory=list)
+    """The labels of each page of this alert."""
+    seconds_to_page: float | None = None
+    seconds_to_resolve: float | None = None
+    """From the cure to the end of the page."""
+    resolve_not_awaited: bool = False
+    """Its evidence stays longer in its window than this run was given."""
+    confirmed: dict[str, bool] = field(default_factory=dict)
+    """{command of the runbook: whether it showed what it should}"""
+    checked: str = ""
+    """What `shoal-exporter check` said of it while it went on."""
+    decoys: dict[str, str] = field(default_factory=dict)
+    """{decoy: nothing if it was silent, or what went wrong}"""
+    problems: list[str] = field(default_factory=list)
+    """What else is not as it should be; each makes the run fail."""
+
+    @property
+    def ran(self) -> bool:
+        """Whether it could run here."""
+        return not self.cannot_run
+
+    @property
+    def silent(self) -> int:
+        """The number of its decoys that stayed silent."""
+        return sum(not wrong for wrong in self.decoys.values())
+
+    @property
+    def good(self) -> bool:
+        """Whether everything about it is as it should be."""
+        return not self.problems and (
+            not self.ran or (self.detected and self.attributed and self.silent == len(self.decoys))
+        )
+
+
+@dataclass(slots=True)
+class Report:
+    """What became of all."""
+
+    kernel: str
+    took_seconds: float
+    outcomes: list[Outcome]
+    problems: list[str]
+    """What is wrong with the run as a whole."""
+
+    @property
+    def line(self) -> str:
+        """The last line of a run."""
+        ran = [one for one in self.outcomes if one.ran]
+        paged, blamed = sum(one.detected for one in ran), sum(one.attributed for one in ran)
+        silent, decoys = sum(one.silent for one in ran), sum(len(one.decoys) for one in ran)
+        return (
+            f"lab {self.kernel}: {paged} of {FAULTS} paged, {blamed} of {FAULTS} blamed, "
+            f"{silent} of {decoys} decoys silent, {len(self.outcomes) - len(ran)} cannot run here"
+        )
+
+    @property
+    def good(self) -> bool:
+        """Whether the run succeeded."""
+        return not self.problems and all(one.good for one in self.outcomes)
+
+    def write(self, directory: Path) -> None:
+        """Write it as <kernel>.md and <kernel>.json."""
+        directory.mkdir(parents=True, exist_ok=True)
+        content = {"kernel": self.kernel, "took_seconds": round(self.took_seconds), "line": self.line}
+        content |= {"problems": self.problems, "faults": [asdict(one) for one in self.outcomes]}
+        for suffix, text in (("json", json.dumps(content, indent=1) + "\n"), ("md", self.markdown())):
+            # Another run may write the same at the same time.
+            partial = directory / f".{self.kernel}.{suffix}.partial"
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(directory / f"{self.kernel}.{suffix}")
+
+    def markdown(self) -> str:
+        """Return it as Markdown."""
+        rows = [
+            f"# Fault lab, kernel {self.kernel}",
+            "",
+            f"{self.line}. Taken in {self.took_seconds / 60:.0f} minutes.",
+            "",
+            "| | failure | alert | detected | blamed | fault to page | decoys silent | confirmed | cure to resolved |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+        for one in self.outcomes:
+            about = f"| {one.number} | `{one.name}` {one.title} | {one.alert} |"
+            if not one.ran:
+                rows.append(f"{about} cannot run here: {one.cannot_run} | | | | | |")
+                continue
+            resolved = "not awaited" if one.resolve_not_awaited else _seconds(one.seconds_to_resolve)
+            rows.append(
+                f"{about} {_yes(one.detected)} | {_yes(one.attributed)} | {_seconds(one.seconds_to_page)}"
+                f" | {one.silent} of {len(one.decoys)} | {sum(one.confirmed.values())} of {len(one.confirmed)}"
+                f" | {resolved} |"
+            )
+        wrong = [f"- {sentence}" for sentence in self.problems]
+        for one in self.outcomes:
+            wrong += [f"- {one.name}: {sentence}" for sentence in one.problems]
+            wrong += [f"- {one.name}, decoy {name}: {sentence}" for name, sentence in one.decoys.items() if sentence]
+        if wrong:
+            rows += ["", "What is not as it should be:", "", *wrong]
+        return "\n".join(rows) + "\n"
+
+
+def _yes(value: bool) -> str:  # noqa: FBT001  (it is what is put into words)
+    return "yes" if value else "**no**"
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f} s"

@@ -1,0 +1,31 @@
+#!/bin/sh
+# Inside the virtual machine: make the image the root, and run the lab there. Arguments: REPOSITORY OUT ARGUMENT...
+set -eu
+repository=$1 out=$2
+shift 2
+
+# The machine's own programs come over 9p; busybox is one of them, and does all that must be done before the change.
+for module in virtio_blk squashfs overlay loop; do
+    busybox modprobe $module 2>/dev/null || true
+done
+root=/run/root
+busybox mkdir -p $root /run/image /run/changes
+busybox mount -t squashfs -o ro /dev/vda /run/image
+busybox mount -t tmpfs tmpfs /run/changes
+busybox mkdir /run/changes/upper /run/changes/work
+busybox mount -t overlay -o lowerdir=/run/image,upperdir=/run/changes/upper,workdir=/run/changes/work overlay $root
+busybox mkdir -p $root/run $root/tmp
+busybox mount -t tmpfs tmpfs $root/run
+busybox mount -t tmpfs tmpfs $root/tmp
+busybox mkdir -p $root/var/log $root/root
+for directory in /proc /sys /dev "$out"; do
+    busybox mkdir -p "$root$directory"
+    busybox mount --rbind "$directory" "$root$directory"
+done
+# The modules are a link to where they were unpacked.
+modules=/lib/modules/$(busybox uname -r)
+busybox mkdir -p "$root$modules"
+busybox mount --bind "$(busybox readlink -f "$modules")" "$root$modules"
+cd $root
+exec busybox chroot . /bin/sh -c 'cd "$0" && exec .venv/bin/python -m tests.lab "$@"' "$repository" \
+    run --output "$out" --interval 20 --patience 1200 "$@" >"$out/said" 2>&1

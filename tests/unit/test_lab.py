@@ -1,0 +1,193 @@
+"""The fault lab without its faults: what its files declare, what its report says, what it clears away and asks for.
+
+That the faults page is for `make lab` to show.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+import yaml
+from tests.lab import __main__ as program
+from tests.lab.fault import Shows
+from tests.lab.faults import load
+from tests.lab.inside import _shown, _waits, confirm_section
+from tests.lab.node import cgroup_mount
+from tests.lab.report import FAULTS, Outcome, Report
+from tests.lab.stack import REPOSITORY, Page, _alertmanager_configuration, _prometheus_configuration
+
+from shoal.collectors import available_names
+from shoal.collectors import load as load_collector
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.lab.fault import Fault
+
+RULES = REPOSITORY / "rules"
+
+
+def alerts() -> dict[str, dict[str, str]]:
+    """Return the alerting rules by name."""
+    files = [yaml.safe_load(file.read_text()) for file in RULES.glob("*.yaml")]
+    rules = [rule for file in files for group in file["groups"] for rule in group["rules"]]
+    return {rule["alert"]: rule for rule in rules if "alert" in rule}
+
+
+def test_there_are_fourteen_failures() -> None:
+    """Each once, with at least one decoy and one command that confirms it."""
+    assert [fault.number for fault in load()] == list(range(1, FAULTS + 1))
+    assert all(fault.decoys and fault.confirm and fault.title for fault in load())
+
+
+@pytest.mark.parametrize("fault", load(), ids=lambda fault: fault.name)
+def test_a_failure_fits_rules_runbook_and_exporter(fault: Fault) -> None:
+    """Its alert and its signal exist, and each command that confirms it stands in the runbook word for word."""
+    assert fault.alert in alerts()
+    signals = {signal for name in available_names() for signal in load_collector(name).signals}
+    assert fault.signal in signals
+    assert [shows.command for shows in fault.confirm if shows.command not in confirm_section(fault.alert)] == []
+
+
+@pytest.mark.parametrize(
+    ("script", "pattern", "rises", "right"),
+    [
+        ("echo drop=7", r"drop=([1-9])", False, True),
+        ("echo drop=0", r"drop=([1-9])", False, False),
+        ("echo one; echo two", "one.*two", False, True),
+        ("date +%s", r"(\d+)", True, True),
+        ("echo 7", r"(\d+)", True, False),
+        ("echo first; sleep 60", "first", False, True),
+    ],
+)
+def test_what_a_command_shows(
+    script: str, pattern: str, *, rises: bool, right: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pattern is looked for in all that it prints; a number that must rise is looked at twice."""
+    monkeypatch.setattr("tests.lab.inside._RISES_AFTER", 1.1)
+    assert bool(_shown(script, Shows(script, pattern, rises=rises, after=2))) is not right
+
+
+def test_only_waits_and_intervals_are_changed(tmp_path: Path) -> None:
+    """Of the rules that Prometheus is given every expression is as shipped, and all else but how long alerts wait."""
+    file, labels = _prometheus_configuration(tmp_path, 5, _waits(15))
+    assert set(labels) == {"node", "cluster"}
+    assert yaml.safe_load(file.read_text())["rule_files"] == [f"{tmp_path}/rules/*.yaml"]
+    for shipped in RULES.glob("*.yaml"):
+        given = yaml.safe_load((tmp_path / "rules" / shipped.name).read_text())
+        expected = yaml.safe_load(shipped.read_text())
+        for group in expected["groups"]:
+            group.pop("interval", None)
+            for rule in group["rules"]:
+                if "alert" in rule:
+                    rule.update({"for": "15s", "keep_firing_for": "15s"})
+        assert given == expected
+
+
+def test_nothing_is_inhibited_and_everything_arrives(tmp_path: Path) -> None:
+    """Fourteen failures on one node would mute one another."""
+    content = yaml.safe_load(_alertmanager_configuration(tmp_path).read_text())
+    assert content["inhibit_rules"] == []
+    assert {route["receiver"] for route in content["route"]["routes"]} == {"pager", "chat"}
+
+
+def test_a_page_is_about_whoever_has_all_the_labels() -> None:
+    """One label that differs, or is not there, makes it somebody else's."""
+    page = Page(0.0, "firing", "pager", {"alertname": "A", "pod": "p", "netns": "pod"}, {})
+    assert page.alert == "A"
+    assert page.is_about({"pod": "p", "netns": "pod"})
+    assert not page.is_about({"pod": "q"})
+    assert not page.is_about({"unit": ""})
+
+
+def outcome(number: int, **changes: object) -> Outcome:
+    """Return what became of a failure of which everything is as it should be, but for these changes."""
+    made = Outcome(
+        number, f"n{number}", "t", "A", detected=True, attributed=True, seconds_to_page=9.6, decoys={"d": ""}
+    )
+    for name, value in changes.items():
+        setattr(made, name, value)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("changes", "line", "good"),
+    [
+        ({}, "2 of 14 paged, 2 of 14 blamed, 2 of 2 decoys silent, 0 cannot run here", True),
+        ({"detected": False}, "1 of 14 paged, 2 of 14 blamed, 2 of 2 decoys silent, 0 cannot run here", False),
+        ({"attributed": False}, "2 of 14 paged, 1 of 14 blamed, 2 of 2 decoys silent, 0 cannot run here", False),
+        ({"decoys": {"d": "paged"}}, "2 of 14 paged, 2 of 14 blamed, 1 of 2 decoys silent, 0 cannot run here", False),
+        ({"cannot_run": "x"}, "1 of 14 paged, 1 of 14 blamed, 1 of 1 decoys silent, 1 cannot run here", True),
+        ({"problems": ["x"]}, "2 of 14 paged, 2 of 14 blamed, 2 of 2 decoys silent, 0 cannot run here", False),
+    ],
+)
+def test_the_last_line_and_the_verdict(tmp_path: Path, changes: dict[str, object], line: str, *, good: bool) -> None:
+    """They agree, and both files say the same."""
+    report = Report("6.18", 60, [outcome(1), outcome(2, **changes)], [])
+    assert report.line == f"lab 6.18: {line}"
+    assert report.good is good
+    report.write(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["6.18.json", "6.18.md"]
+    content = json.loads((tmp_path / "6.18.json").read_text())
+    assert content["line"] == report.line
+    assert content["faults"][0]["seconds_to_page"] == 9.6
+    text = (tmp_path / "6.18.md").read_text()
+    assert report.line in text
+    assert ("What is not as it should be" in text) is ("problems" in changes or "decoys" in changes)
+
+
+def lab(*arguments: str, user: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """Run the program."""
+    command = [*user, sys.executable, "-m", "tests.lab", *arguments]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+
+
+def test_it_lists_the_failures() -> None:
+    """One a line, without root."""
+    assert len(lab("list").stdout.splitlines()) == FAULTS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(("run", "nonsense"), "there is no failure nonsense; there are redis_aof"), (("demo",), "say which failure")],
+)
+def test_a_wrong_name_is_told(arguments: tuple[str, ...], says: str) -> None:
+    """In a sentence, with what there is instead."""
+    done = lab(*arguments)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_what_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No root, or a program that is not installed: one sentence."""
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert program._missing() == "must be root, to make namespaces and cgroups"
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr("shutil.which", lambda name: None if name == "nft" else name)
+    assert program._missing() == "nft must be installed: tests/packages.sh does it on Debian"
+
+
+@pytest.mark.root
+def test_what_a_killed_run_left_is_cleared_away() -> None:
+    """Its cgroups and what still runs in them go; those of a run that lives stay."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    dead, alive = (cgroup_mount() / f"shoallab{pid}.slice" for pid in (ended.pid, os.getpid()))
+    below = dead / "kubepods.slice"
+    below.mkdir(parents=True)
+    alive.mkdir()
+    try:
+        with subprocess.Popen(["sleep", "60"]) as left:
+            (below / "cgroup.procs").write_text(str(left.pid))
+            program._clear_away()
+            assert not dead.exists()
+            assert alive.exists()
+            assert left.wait(10) == -9
+    finally:
+        alive.rmdir()
