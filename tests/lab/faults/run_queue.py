@@ -88,7 +88,7 @@ FAULT = Fault(
     alert="ShoalCPUStarvation",
     signal="delays_throttling",
     story=starved,
-    decoys=(Decoy(own_quota), Decoy(batch_at_nice_19)),
+    decoys=(Decoy(own_quota, right=("ShoalCPUThrottling",)), Decoy(batch_at_nice_19)),
     confirm=(
         Shows(
             """grep -E 'usage|throttled' "$cg"/cpu.stat; cat $(sed 's,.*,/proc/&/schedstat,' "$cg"/cgroup.procs)""",
