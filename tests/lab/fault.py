@@ -67,6 +67,8 @@ class Decoy:
 
     story: Callable[[Node], Story]
     needs: tuple[Feature, ...] = ()
+    right: tuple[str, ...] = ()
+    """Alerts about it that are right, none of which pages."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,6 +65,7 @@ class Pace:
 @dataclass(slots=True)
 class _Decoy:
     name: str
+    right: tuple[str, ...]
     story: Story
     culprit: Culprit
 
@@ -141,7 +142,7 @@ class Lab:
                 for decoy in fault.decoys:
                     if not _lacks(decoy.needs):
                         told = decoy.story(node)
-                        case.decoys.append(_Decoy(decoy.story.__name__, told, _begin(told, scene)))
+                        case.decoys.append(_Decoy(decoy.story.__name__, decoy.right, told, _begin(told, scene)))
             except Exception as error:  # noqa: BLE001  (one that cannot be built leaves the others their run)
                 traceback.print_exc()
                 outcome.problems.append(f"could not be built: {error}")
@@ -316,8 +317,9 @@ class Lab:
             if strangers:
                 outcome.problems.append(f"the wrong one is blamed: {strangers}")
             for decoy in case.decoys:
-                # Of a decoy that is told from a culprit by one label more, the page must not be about the culprit.
-                about = [page for page in firing if page.is_about(decoy.culprit.labels)]
+                about = [
+                    page for page in firing if page.is_about(decoy.culprit.labels) and page.alert not in decoy.right
+                ]
                 if about:
                     outcome.decoys[decoy.name] = f"it paged: {about[0].labels}"
 

@@ -28,4 +28,4 @@ busybox mkdir -p "$root$modules"
 busybox mount --bind "$(busybox readlink -f "$modules")" "$root$modules"
 cd $root
 exec busybox chroot . /bin/sh -c 'cd "$0" && exec .venv/bin/python -m tests.lab "$@"' "$repository" \
-    run --output "$out" --interval 20 --patience 1200 "$@" >"$out/said" 2>&1
+    run --output "$out" --interval 30 --patience 1200 "$@" >"$out/said" 2>&1

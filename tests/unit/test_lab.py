@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 RULES = REPOSITORY / "rules"
 
 
-def alerts() -> dict[str, dict[str, str]]:
+def alerts() -> dict[str, dict[str, Any]]:
     """Return the alerting rules by name."""
     files = [yaml.safe_load(file.read_text()) for file in RULES.glob("*.yaml")]
     rules = [rule for file in files for group in file["groups"] for rule in group["rules"]]
@@ -51,6 +51,8 @@ def test_a_failure_fits_rules_runbook_and_exporter(fault: Fault) -> None:
     assert fault.alert in alerts()
     signals = {signal for name in available_names() for signal in load_collector(name).signals}
     assert fault.signal in signals
+    right = [alerts()[name] for decoy in fault.decoys for name in decoy.right]
+    assert all(rule["labels"]["severity"] != "critical" for rule in right)
     assert [shows.command for shows in fault.confirm if shows.command not in confirm_section(fault.alert)] == []
 
 

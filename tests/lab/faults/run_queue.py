@@ -1,6 +1,8 @@
 """Failure 10: a container waits for a CPU that its neighbour holds, with no quota of its own.
 
-It has used a CPU before, as a service has that was well: the exporter tells the use of a workload from its first
+Of all pods these have the smallest weights, so that what else the lab does goes on.
+
+The victim has used a CPU before, as a service has that was well: the exporter tells the use of a workload from its first
 second on, and the most starved of all might not get that far. Where the CPU controller is on
 cgroup v1 the exporter cannot tell a quota from a neighbour, and the alert is silent.
 """
@@ -28,8 +30,8 @@ _WAITS_SECONDS: Final = 10
 def starved(node: Node) -> Story:
     """A process that has a CPU to itself, until another pod's with twenty times its weight wants the same one."""
     with (
-        node.pod("web-worker", limits={"cpu_weight": "5"}) as victim,
-        node.pod("batch-import", limits={"cpu_weight": "100"}) as neighbour,
+        node.pod("web-worker", limits={"cpu_weight": "1"}) as victim,
+        node.pod("batch-import", limits={"cpu_weight": "20"}) as neighbour,
     ):
         cgroup = victim.container("app")
         victim.start(_spin())
@@ -64,7 +66,8 @@ def own_quota(node: Node) -> Story:
 
 def batch_at_nice_19(node: Node) -> Story:
     """A batch job that asked to wait, and does."""
-    with node.pod("nightly") as pod, node.pod("daily") as other:
+    low = {"cpu_weight": "1"}
+    with node.pod("nightly", limits=low) as pod, node.pod("daily", limits=low) as other:
         pids: list[int] = []
         yield Culprit(pod.labels, happened=lambda: _waited(pids[0]) > _WAITS_SECONDS)
         pids.append(pod.start(_spin(nice=19)))
@@ -88,7 +91,7 @@ FAULT = Fault(
     alert="ShoalCPUStarvation",
     signal="delays_throttling",
     story=starved,
-    decoys=(Decoy(own_quota), Decoy(batch_at_nice_19)),
+    decoys=(Decoy(own_quota, right=("ShoalCPUThrottling",)), Decoy(batch_at_nice_19)),
     confirm=(
         Shows(
             """grep -E 'usage|throttled' "$cg"/cpu.stat; cat $(sed 's,.*,/proc/&/schedstat,' "$cg"/cgroup.procs)""",
