@@ -13,6 +13,7 @@
 
 PYTHON ?= python3
 KERNEL ?= 6.1
+STOCK := oom_kill memory_high delays code_eviction run_queue
 BIN := .venv/bin
 
 .PHONY: run test test-vm check lint unit bench bench-rules rule-tests rules-next lab lab-vm lab-vm-all lab-list demo \
@@ -22,8 +23,14 @@ BIN := .venv/bin
 run: .venv/run
 	$(BIN)/shoal-exporter $(ARGS)
 
+# Both labs mostly wait, so they run side by side: the own kernel's failures to their end, and in a machine with a stock
+# kernel those that want its controllers, until they page.
 test: .venv/dev lint
 	tests/packages.sh
+	mkdir -p .lab
+	tests/lab/vm.sh $(KERNEL) --resolve-within 0 $(STOCK) >.lab/stock.out 2>&1 & stock=$$!; \
+	    $(BIN)/python -m tests.lab run; own=$$?; wait $$stock; stock=$$?; \
+	    cat .lab/stock.out; test $$own = 0 && test $$stock = 0
 	$(BIN)/pytest --cov --cov-report=term
 
 check: .venv/dev lint unit
