@@ -10,14 +10,14 @@ ROOT = Path(__file__).parents[1]
 
 HEAD = """# What check says in each of the fourteen failures
 
-Made by `docs/check.py` from a run of the fault lab (`make lab`, `make lab-vm`): each failure was caused on a real kernel,
-and this is what `shoal-exporter check --from` said of it over five seconds while it went on. Run on the node itself it says
-the same. Lines with `$` prove it, lines with `#` are the first step's; both come from the alert's runbook, with the culprit
-put in where the runbook has an example.
+Made by `docs/check.py` from a run of the fault lab (`make lab`, `make lab-vm`): each failure was caused on a real
+kernel, and this is what `shoal-exporter check --from` said of it over five seconds while it went on. Run on the node
+itself it says the same. Lines with `$` prove it, lines with `#` are the first step's; both come from the alert's
+runbook, with the culprit put in where the runbook has an example.
 
 Each line is a failure: ok, warning, critical, or cannot tell, with the reason. The exit status is that of monitoring
-plugins: 0 nothing is wrong, 1 a warning, 2 critical, 3 nothing can be told or a node did not answer. What cannot be told
-does not raise the status as long as something can: no kernel has every signal.
+plugins: 0 nothing is wrong, 1 a warning, 2 critical, 3 nothing can be told or a node did not answer. What cannot be
+told does not raise the status as long as something can: no kernel has every signal.
 
 ## JSON
 
@@ -30,8 +30,10 @@ does not raise the status as long as something can: no kernel has every signal.
 | `nodes[].node` | the host's name, or the address that was given |
 | `nodes[].status` | the worst of all: `ok`, `warning`, `critical` or `cannot tell` |
 | `nodes[].seconds` | the time between the two reads |
-| `nodes[].failures` | the fourteen, worst first: `number`, `name`, `title`, `status`, and `why` where it cannot be told |
-| `nodes[].failures[].findings` | `alert`, `status`, `culprit` (labels), `evidence`, `confirm`, `first_step`, `first_commands`, `runbook_url` |
+| `nodes[].failures` | the fourteen, worst first: `number`, `name`, `title`, `status`, and `why` if it cannot be told |
+| `nodes[].failures[].findings` | `alert`, `status`, `culprit` (labels), `evidence`, and the four below |
+| `confirm`, `first_commands` | commands, a line each, that prove it and that the first step wants |
+| `first_step`, `runbook_url` | the safest step in words, and the page with the others |
 | `failed` | {address: sentence} of the nodes that did not answer |
 """
 
