@@ -21,7 +21,7 @@ told does not raise the status as long as something can: no kernel has every sig
 
 ## JSON
 
-`--json` prints one object; its `version` rises when a key changes its sense or goes. With `--watch` it is one object a line.
+`--json` prints one object; its `version` rises when a key changes its sense or goes. With `--watch` each is one line.
 
 | key | what it is |
 |---|---|

@@ -1,10 +1,9 @@
 """Failure 10: a container waits for a CPU that its neighbour holds, with no quota of its own.
 
-Of all pods these have the smallest weights, so that what else the lab does goes on.
-
-The victim has used a CPU before, as a service has that was well: the exporter tells the use of a workload from its
-first second on, and the most starved of all might not get that far. Where the CPU controller is on cgroup v1 the
-exporter cannot tell a quota from a neighbour, and the alert is silent.
+Of all pods these have the smallest weights, so that the rest of the lab goes on. The victim has used a CPU before, as
+a service has that was well: the exporter tells the use of a workload from its first second on, and the most starved of
+all might not get that far. Where the CPU controller is on cgroup v1 the exporter cannot tell a quota from a neighbour,
+and the alert is silent.
 """
 
 from __future__ import annotations
