@@ -12,7 +12,9 @@ for tool in mksquashfs busybox; do
     command -v $tool >/dev/null || { echo "lab: $tool is missing: apt-get install squashfs-tools busybox-static" >&2; exit 2; }
 done
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+tail=
+trap '[ -z "$tail" ] || kill "$tail" 2>/dev/null; rm -rf "$work"' EXIT
+trap 'exit 130' INT TERM
 
 # Programs, libraries and the repository, without what is large and not run.
 python=$(.venv/bin/python -c 'import sys; print(sys.base_prefix)')
@@ -40,6 +42,7 @@ SHOAL_VM_TIMEOUT=${SHOAL_VM_TIMEOUT:-2400} tests/vm.sh -w "$work/out" -d "$work/
     busybox sh "$PWD/tests/lab/vm_init.sh" "$PWD" "$work/out" "$@" >"$work/vm" 2>&1 || status=$?
 sleep 1
 kill $tail
+tail=
 [ $status != 125 ] || cat "$work/vm" >&2
 rm "$work/out/said"
 cp -r "$work/out/." .lab/
