@@ -136,8 +136,10 @@ def _delayed_disk() -> Iterator[tuple[Path, _Switch]]:
 
     _dmsetup("create", _DEVICE, "--table", table(0))
     try:
-        run("mkfs.ext4", "-q", "-F", f"/dev/mapper/{_DEVICE}")
-        run("mount", f"/dev/mapper/{_DEVICE}", str(place))
+        # Its name below /dev/mapper is for udev to make; this one is the kernel's.
+        device = f"/dev/dm-{run('dmsetup', 'info', '--columns', '--noheadings', '-o', 'minor', _DEVICE).strip()}"
+        run("mkfs.ext4", "-q", "-F", device)
+        run("mount", device, str(place))
         yield place, slow
     finally:
         slow(on=False)
