@@ -8,6 +8,7 @@
 # make bench        cost of a scrape, idle and on a full node       make bench-rules  the rule pack for a thousand nodes
 # make rule-tests   after an alert is added, renamed or removed     make rules-next   the rule pack in a current promtool
 # make docs         write docs/metrics.md and the chart's README    make format       lay the code out as CI wants it
+# make dashboards   grafana/*.json, from grafana/ and the rules    make pictures     the README's, of the dashboards
 # make chart        pack the Helm chart, into dist/                 make image        the container image, with docker
 # make lock         pin the dependencies anew
 
@@ -17,7 +18,7 @@ STOCK := oom_kill memory_high delays code_eviction run_queue
 BIN := .venv/bin
 
 .PHONY: run test test-vm check lint unit bench bench-rules rule-tests rules-next lab lab-vm lab-vm-all lab-list demo \
-    docs chart image lock format clean
+    docs dashboards pictures chart image lock format clean
 .DELETE_ON_ERROR:
 
 run: .venv/run
@@ -84,6 +85,13 @@ rule-tests: .venv/dev
 
 rules-next:
 	tests/rules/next.sh
+
+dashboards: .venv/dev
+	$(BIN)/python -m grafana.build
+
+# Out of a real Prometheus that tests/grafana fills with failures.
+pictures: dashboards
+	$(BIN)/python -m tests.grafana.pictures
 
 docs: .venv/run
 	$(BIN)/python docs/build.py

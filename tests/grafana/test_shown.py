@@ -1,0 +1,336 @@
+"""The dashboards against a real Prometheus: during a failure its panels show it, and clicks lead to the culprit."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+import pytest
+from grafana.failures import FAILURES, Failure
+from grafana.reader import ALL, Dashboard
+from tests.grafana.sick import (
+    ALONE,
+    BUSY,
+    CHECKOUT,
+    LONG,
+    MINUTES,
+    OLD,
+    QUEUE,
+    REPORTS,
+    SECOND,
+    UNIT,
+    UNSEEN,
+    many,
+    node_of,
+)
+from tests.grafana.stored import END, serve_recorded
+from tests.grafana.test_dashboards import BOARDS, links
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from grafana.reader import Prometheus, Table
+
+pytestmark = pytest.mark.timeout(
+    600
+)  # filling Prometheus takes half a minute alone, and minutes on a machine that is busy
+
+_SECONDS: Final = MINUTES * 60
+_DATA: Final = re.compile(r"\$\{__data\.fields\.(\w+)(?::percentencode)?\}")
+_VARIABLE: Final = re.compile(r"\$\{(\w+):(percentencode|queryparam)\}")
+# What the evidence of each failure has to name: a column and what stands there.
+CULPRITS: Final = {
+    1: ("pod", QUEUE["pod"]),
+    2: ("pod", CHECKOUT["pod"]),
+    3: ("device", "eth1"),
+    4: ("pod", CHECKOUT["pod"]),
+    5: ("pod", CHECKOUT["pod"]),
+    6: ("pod", CHECKOUT["pod"]),
+    7: ("pod", CHECKOUT["pod"]),
+    8: ("pod", CHECKOUT["pod"]),
+    9: ("pod", CHECKOUT["pod"]),
+    10: ("pod", CHECKOUT["pod"]),
+    11: ("address", "10.0.0.1"),
+    12: ("backend", "10.1.2.9:53"),
+    13: ("destination", "10.0.8.30"),
+    14: ("destination", "10.0.8.30"),
+}
+
+
+def opened(name: str, **chosen: str) -> Dashboard:
+    """Open a dashboard with these choices."""
+    return Dashboard(BOARDS[name].content, chosen)
+
+
+def panel(board: Dashboard, number: int) -> dict[str, Any]:
+    """Return a panel by its id."""
+    return next(one for one in board.panels() if one["id"] == number)
+
+
+def shown(board: Dashboard, which: dict[str, Any], server: Prometheus) -> Table:
+    """Return what a table shows."""
+    return board.table(which, board.ask(which, server, END, _SECONDS))
+
+
+def titled(board: Dashboard, title: str) -> dict[str, Any]:
+    """Return a panel by its title."""
+    return next(one for one in board.panels() if one["title"] == title)
+
+
+def follow(board: Dashboard, address: str, row: dict[str, str]) -> tuple[Dashboard, int]:
+    """Click on a link in a row: return the dashboard as it opens, and the panel that it shows alone (0: all)."""
+    values = board.chosen
+    address = _DATA.sub(lambda match: quote(str(row.get(match[1], "")), safe=""), address)
+    address = _VARIABLE.sub(
+        lambda match: (
+            quote(values.get(match[1], ALL), safe="")
+            if match[2] == "percentencode"
+            else f"var-{match[1]}={quote(values.get(match[1], ''), safe='')}"
+        ),
+        address,
+    ).replace("${__url_time_range}", "from=now-1h&to=now")
+    assert "$" not in unquote(address).replace(ALL, "")
+    parts = urlsplit(address)
+    query = {key: value[0] for key, value in parse_qs(parts.query).items()}
+    # What is empty is none of the choices, and then Grafana takes All where there is one.
+    chosen = {key.removeprefix("var-"): value for key, value in query.items() if key.startswith("var-")}
+    return opened(parts.path.split("/")[2], **chosen), int(query.get("viewPanel", 0))
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: f"{failure.number}-{failure.column}")
+def test_every_panel_shows_its_failure(stored: Prometheus, failure: Failure) -> None:
+    """While a failure is on, every query of its row on Node has something to show."""
+    board = opened("shoal-node", cluster="east", node=node_of(failure.number))
+    panels = [one for one in board.panels() if one["id"] > 99 and one["id"] % 100 == failure.number]
+    assert len(panels) >= 3
+    for one in panels:
+        for answer in board.ask(one, stored, END, _SECONDS):
+            assert answer.series, (one["title"], answer.target["expr"])
+            # Nobody is led to the exporter, whose own pod Prometheus puts on whatever has none.
+            assert not any(series.labels.get("pod", "").startswith("shoal-") for series in answer.series), one["title"]
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: f"{failure.number}-{failure.column}")
+def test_three_clicks_to_the_culprit(stored: Prometheus, failure: Failure) -> None:
+    """From the cell on Fleet to the table that names the culprit, and from there, where it is a workload, to that."""
+    fleet = opened("shoal-fleet")
+    grid = titled(fleet, "Fourteen failures by node, worst first")
+    row = next(
+        row
+        for row in shown(fleet, grid, stored).rows
+        if (row.get("cluster"), row["node"]) == ("east", node_of(failure.number))
+    )
+    assert row[failure.column] >= 2
+    (address,) = _links_of(grid, failure.column)
+    node, number = follow(fleet, address, row)
+    evidence = panel(node, number)
+    column, culprit = CULPRITS[failure.number]
+    named = [row for row in shown(node, evidence, stored).rows if row.get(column) == culprit]
+    assert named, shown(node, evidence, stored).rows
+    if column != "pod":
+        return
+    (address,) = _links_of(evidence, "pod")
+    workload, _ = follow(node, address, named[0])
+    assert any(
+        series.points
+        for one in workload.panels()
+        for answer in workload.ask(one, stored, END, _SECONDS)
+        for series in answer.series
+    )
+    firing = shown(workload, titled(workload, "What fires for it"), stored).rows
+    assert {row["alertname"] for row in firing} & set(failure.alerts)
+
+
+def _links_of(which: dict[str, Any], column: str) -> list[str]:
+    return [
+        link["url"]
+        for override in which["fieldConfig"]["overrides"]
+        if override["matcher"] == {"id": "byName", "options": column}
+        for one in override["properties"]
+        if one["id"] == "links"
+        for link in one["value"]
+    ]
+
+
+@pytest.mark.parametrize("name", ["shoal-fleet", "shoal-workload"])
+def test_every_query_returns_something(stored: Prometheus, name: str) -> None:
+    """No query of Fleet or Workload is empty for all of a fleet in which everything is wrong."""
+    board = opened(name, show=">= 0")
+    for one in board.panels():
+        for answer in board.ask(one, stored, END, _SECONDS):
+            if one["title"] == "Collectors that fail, and the slowest" and answer.target["refId"] == "A":
+                continue  # none fails here
+            assert answer.series, (one["title"], answer.target["expr"])
+
+
+def test_node_shows_what_fires_and_what_is_unseen(stored: Prometheus) -> None:
+    """The head of Node has the node's alerts, the signals that are missing with the reason, and the collectors."""
+    board = opened("shoal-node", cluster="east", node=node_of(2))
+    firing, missing, collectors = (shown(board, panel(board, number), stored) for number in (1, 2, 3))
+    assert [row["alertname"] for row in firing.rows][:1] == ["ShoalListenQueueOverflow"]
+    assert {"alertname": "ShoalCPUThrottling", "pod": CHECKOUT["pod"]}.items() <= next(
+        row for row in firing.rows if row["alertname"] == "ShoalCPUThrottling"
+    ).items()
+    assert [(row["signal"], row["reason"]) for row in missing.rows] == [("neighbours_verify", "not_enabled")]
+    assert len(collectors.rows) == 10
+    third = opened("shoal-node", cluster="east", node=node_of(3))
+    assert "eth1" in {row["what"].strip() for row in shown(third, panel(third, 1), stored).rows}
+
+
+def test_the_grid_is_worst_first_and_honest(stored: Prometheus) -> None:
+    """Critical above warning; nodes that are well if asked for; one unseen has no state but its exporter's."""
+    board = opened("shoal-fleet")
+    grid = titled(board, "Fourteen failures by node, worst first")
+    firing = shown(board, grid, stored)
+    scores = [row["score"] for row in firing.rows]
+    assert scores == sorted(scores, reverse=True)
+    assert scores[0] >= 10_000
+    assert ("west", SECOND) not in {(row.get("cluster"), row["node"]) for row in firing.rows}
+    unseen = next(row for row in firing.rows if row["node"] == UNSEEN)
+    assert unseen["exporter"] == 2
+    assert {unseen[failure.column] for failure in FAILURES} == {-1}
+    everyone = opened("shoal-fleet", show=">= 0")
+    old = next(row for row in shown(everyone, grid, stored).rows if row["node"] == OLD)
+    seen = {failure.column for failure in FAILURES if "memory_workloads" not in failure.signals}
+    assert {failure.column: old[failure.column] for failure in FAILURES} == {
+        failure.column: 0 if failure.column in seen else -1 for failure in FAILURES
+    }
+    assert len(seen) == 11
+
+
+def test_a_machine_that_is_busy_and_well(stored: Prometheus) -> None:
+    """What was recorded from a real exporter: nothing is wrong on Fleet, and Node has the names of its pods."""
+    board = opened("shoal-fleet", show=">= 0", cluster="east")
+    grid = titled(board, "Fourteen failures by node, worst first")
+    row = next(row for row in shown(board, grid, stored).rows if row["node"] == BUSY)
+    states = {failure.column: row[failure.column] for failure in FAILURES}
+    # Of its Redis the latency monitor is off, which is worth knowing and no more.
+    assert states == dict.fromkeys(states, 0) | {"Redis AOF": 1}
+    node = opened("shoal-node", cluster="east", node=BUSY)
+    full = {one["id"] for one in node.panels() if any(answer.series for answer in node.ask(one, stored, END))}
+    # What is there without a failure: tables, queues, disks, servers, who waits and who listens.
+    assert {204, 301, 202, 209, 203, 211, 207, 307, 110, 101, 102, 103, 109, 111} <= full
+    assert {"cart-6c9d8f7b5-kq2mz", "redis-server.service"} <= {
+        row.get("pod") or row.get("unit") for row in shown(node, panel(node, 102), stored).rows
+    }
+
+
+def test_a_thousand_nodes(tmp_path: Path) -> None:
+    """The grid has a row for each node on which something fires, or for all if that is asked for."""
+    with serve_recorded(tmp_path, many(1000)) as server:
+        for show, count in (("> 0", 100), (">= 0", 1000)):
+            board = opened("shoal-fleet", show=show)
+            rows = shown(board, titled(board, "Fourteen failures by node, worst first"), server).rows
+            assert len(rows) == count
+            assert all(max(row[failure.column] for failure in FAILURES) == 3 for row in rows[:100])
+        assert len(shown(board, titled(board, "What fires"), server).rows) == 500
+
+
+def test_two_clusters_stay_apart(stored: Prometheus) -> None:
+    """A node's name that two clusters have is two rows on Fleet, and Node shows the one that was chosen."""
+    grid = titled(opened("shoal-fleet"), "Fourteen failures by node, worst first")
+    states = {
+        row["cluster"]: row["listen queue"]
+        for row in shown(opened("shoal-fleet", show=">= 0"), grid, stored).rows
+        if row["node"] == SECOND
+    }
+    assert states == {"east": 3, "west": 0}
+    only = shown(opened("shoal-fleet", show=">= 0", cluster="west"), grid, stored)
+    assert {row["cluster"] for row in only.rows} == {"west"}
+    west = opened("shoal-node", cluster="west", node=SECOND)
+    assert shown(west, panel(west, 1), stored).rows == []
+
+
+def test_outside_kubernetes_and_without_a_cluster(stored: Prometheus) -> None:
+    """A node without a `cluster` label has its row; its units are named, without columns of pods, and lead on."""
+    fleet = opened("shoal-fleet")
+    grid = titled(fleet, "Fourteen failures by node, worst first")
+    row = next(row for row in shown(fleet, grid, stored).rows if row["node"] == ALONE)
+    assert row["memory.high"] == 3
+    node, number = follow(fleet, _links_of(grid, "memory.high")[0], row)
+    node.chosen["cluster"] = node.chosen.get("cluster") or ALL
+    evidence = shown(node, panel(node, number), stored)
+    assert not {"namespace", "pod", "container"} & set(evidence.columns)
+    assert evidence.rows[0]["unit"] == UNIT["unit"]
+    workload = opened("shoal-workload", node=ALONE, **UNIT)
+    assert shown(workload, titled(workload, "What fires for it"), stored).rows
+    memory = titled(workload, "What its memory is made of, and its limits")
+    assert all(answer.series for answer in workload.ask(memory, stored, END, _SECONDS))
+
+
+def test_the_longest_pod_name(stored: Prometheus) -> None:
+    """A name of 253 characters is a row, a link that keeps it whole, and a selection."""
+    node = opened("shoal-node", cluster="east", node=node_of(10))
+    evidence = panel(node, 110)
+    row = next(row for row in shown(node, evidence, stored).rows if row.get("pod") == LONG)
+    workload, _ = follow(node, _links_of(evidence, "pod")[0], row)
+    assert (workload.chosen["pod"], workload.chosen["container"]) == (LONG, REPORTS["container"])
+    usage = titled(workload, "CPU in use")
+    assert len(workload.ask(usage, stored, END, _SECONDS)[0].series) == 1
+
+
+@pytest.mark.parametrize("name", BOARDS)
+def test_nothing_to_show_is_no_error(stored: Prometheus, name: str) -> None:
+    """A node that nobody knows: no query fails, and every panel has a sentence for it."""
+    board = opened(name, cluster="nowhere", node="nobody")
+    for one in board.panels():
+        assert not any(answer.series for answer in board.ask(one, stored, END, _SECONDS))
+        assert one["fieldConfig"]["defaults"]["noValue"]
+
+
+def test_no_query_answers_twice_for_one_row(stored: Prometheus) -> None:
+    """A table's columns meet in one row for each thing: the same labels in all, or fewer where there are none."""
+    board = opened("shoal-node", cluster="east", node=node_of(10))
+    rows = shown(board, panel(board, 110), stored).rows
+    keys = [(row.get("namespace"), row.get("pod"), row.get("container"), row.get("unit")) for row in rows]
+    assert len(set(keys)) == len(keys)
+    checkout = next(row for row in rows if row.get("pod") == CHECKOUT["pod"])
+    assert {"waits", "of the node's CPU"} <= checkout.keys()
+
+
+def test_the_lists_offer_what_is_there(stored: Prometheus) -> None:
+    """Clusters, nodes (without an exporter too), a node's namespaces, pods and units, the exporter's own not."""
+
+    def choices(board: Dashboard, name: str) -> list[str]:
+        query = board.variables()[name]["query"]["query"]
+        match = re.fullmatch(r"label_values\((.+), ?(\w+)\)", query, re.DOTALL)
+        assert match
+        selector = match[1]
+        for variable, value in board.values().items():
+            selector = selector.replace(f"${variable}", value)
+        return stored.label_values(match[2], selector, END - _SECONDS, END)
+
+    node = opened("shoal-node", cluster="east")
+    assert choices(node, "cluster") == ["east", "west"]
+    assert {UNSEEN, node_of(1), node_of(14)} <= set(choices(node, "node"))
+    workload = opened("shoal-workload", cluster="east", node=node_of(10))
+    assert choices(workload, "namespace") == ["shop"]
+    assert set(choices(workload, "pod")) == {CHECKOUT["pod"], LONG, "mailer-5d6b-4kk2p"}
+    assert choices(workload, "unit") == [UNIT["unit"]]
+
+
+@pytest.mark.parametrize("name", BOARDS)
+def test_annotations_are_the_alerts(stored: Prometheus, name: str) -> None:
+    """The alerts of the selection are marked in every chart."""
+    board = opened(name, cluster="east", node=node_of(6))
+    query = board.content["annotations"]["list"][0]["expr"]
+    for variable, value in board.values().items():
+        query = query.replace(f"${variable}", value)
+    assert "ShoalMemoryHighThrottling" in {series.labels["alertname"] for series in stored.query(query, END)}
+
+
+def test_links_of_every_table_are_of_columns_that_it_has() -> None:
+    """A link on a column that no query makes could never be clicked."""
+    for board in BOARDS.values():
+        for one in board.panels():
+            labels = {label for target in one["targets"] for label in re.findall(r"by \(([^)]*)\)", target["expr"])}
+            made = {name.strip() for group in labels for name in group.split(",")}
+            made |= set(
+                next(
+                    (t["options"]["renameByName"].values() for t in one["transformations"] if t["id"] == "organize"), ()
+                )
+            )
+            for override in one["fieldConfig"]["overrides"]:
+                if override["matcher"]["id"] == "byName" and links(one):
+                    assert override["matcher"]["options"] in made, (one["title"], override["matcher"])
