@@ -222,7 +222,7 @@ def _cells(
                 colour = _colour_of(value, settings[column])
             if colour:
                 page.add_patch(Rectangle((at, y + 1), size * share - 2, 18, fc=colour, ec="none"))
-            plain = _FAINT if "mappings" in settings[column] else _INK
+            plain = _FAINT if _mapped(value, settings[column]) else _INK
             ink = (
                 _ink(colour)
                 if colour
@@ -238,22 +238,27 @@ def _cells(
         )
 
 
+def _mapped(value: Any, settings: dict[str, Any]) -> dict[str, str] | None:  # noqa: ANN401  (a label or a number)
+    """Return the text and colour that stand for a value."""
+    if not isinstance(value, float):
+        return None
+    mapped = (mapping["options"].get(f"{value:g}") for mapping in settings.get("mappings", ()))
+    return next((one for one in mapped if one), None)
+
+
 def _cell(value: Any, settings: dict[str, Any]) -> str:  # noqa: ANN401  (a label or a number)
     if value is None:
-        unseen = [one["options"]["result"]["text"] for one in settings.get("mappings", ()) if one["type"] == "special"]
-        return "".join(unseen)
+        return ""
     if isinstance(value, str):
         return " ".join(value.split())
-    for mapping in settings.get("mappings", ()):
-        if found := mapping["options"].get(f"{value:g}"):
-            return str(found["text"])
+    if found := _mapped(value, settings):
+        return found["text"]
     return written(value, settings.get("unit", "short"), settings.get("decimals"))
 
 
 def _colour_of(value: float, settings: dict[str, Any]) -> str | None:
-    for mapping in settings.get("mappings", ()):
-        if found := mapping["options"].get(f"{value:g}"):
-            return None if found["color"] == "transparent" else str(found["color"])
+    if found := _mapped(value, settings):
+        return None if found["color"] == "transparent" else found["color"]
     return _steps(settings.get("thresholds"), value)
 
 

@@ -158,6 +158,7 @@ def _grid() -> table.Panel:
         "do not show the failure; `well`: it was looked for. Normal: no rows with the choice `with something firing`.",
         columns,
         links=links,
+        same_rows=True,
         sort="score",
         span=24,
         height=13,

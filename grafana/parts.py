@@ -74,6 +74,9 @@ STATUS: Final = models.ValueMap(
 )
 
 
+_NOTHING: Final = models.ValueMap(options={"-1": models.ValueMappingResult(text="-", color=_PLAIN)})
+
+
 @dataclass(frozen=True, slots=True)
 class Line:
     """A query of a chart and how its series are named."""
@@ -219,12 +222,18 @@ def rows(  # noqa: PLR0913  (what a panel has)
     *,
     links: dict[str, list[dict[str, Any]]] | None = None,
     hide: Sequence[str] = (),
+    same_rows: bool = False,
     sort: str = "",
     span: int = 12,
     height: int = 7,
     empty: str = "Nothing to show: no such signal on this node, or nothing happened.",
 ) -> table.Panel:
-    """Make a table: a row for each set of labels, a column for each query, the worst first. `links` is by column."""
+    """Make a table: a row for each set of labels, a column for each query, the worst first. `links` is by column.
+
+    Grafana names a column after its query only if another query has an answer too, and joins rows by the labels that
+    all answers have. So every query has every row, with -1 (shown as a dash) where there is nothing, unless
+    `same_rows` says that they do so by themselves.
+    """
     panel = (
         table.Panel()
         .title(title)
@@ -238,8 +247,12 @@ def rows(  # noqa: PLR0913  (what a panel has)
     )
     refs = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(columns)]
     renamed = {}
+    fill = ""
+    if len(columns) > 1 and not same_rows:
+        every = "\nor\n".join(f"({column.expr})" for column in columns)
+        fill = f"\nor\n-1 * group by ({', '.join(_labels(columns))}) (\n{every}\n)"
     for ref, column in zip(refs, columns, strict=True):
-        query = _query(ref, column.expr).instant().format(PromQueryFormat.TABLE)
+        query = _query(ref, f"({column.expr}){fill}" if fill else column.expr).instant().format(PromQueryFormat.TABLE)
         panel = panel.with_target(query)
         # Grafana calls the value of an only query by the one name and those of several by the other.
         renamed["Value" if len(columns) == 1 else f"Value #{ref}"] = column.name
@@ -262,6 +275,8 @@ def rows(  # noqa: PLR0913  (what a panel has)
         )
     for column in columns:
         properties = [models.DynamicConfigValue("unit", column.unit)]
+        if fill:
+            properties.append(models.DynamicConfigValue("mappings", [_NOTHING]))
         if column.decimals is not None:
             properties.append(models.DynamicConfigValue("decimals", column.decimals))
         if column.levels:

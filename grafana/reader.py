@@ -150,7 +150,7 @@ class Dashboard:
     @staticmethod
     def table(panel: dict[str, Any], answers: list[Answer]) -> Table:
         """Make the rows of a table panel: merge, organize and sortBy."""
-        several = len(panel["targets"]) > 1
+        several = sum(bool(answer.series) for answer in answers) > 1
         merged: dict[frozenset[tuple[str, str]], dict[str, Any]] = {}
         columns: list[str] = []
         for answer in answers:

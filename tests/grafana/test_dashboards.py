@@ -59,8 +59,8 @@ def thresholds(panel: dict[str, Any]) -> set[float]:
     """Return the levels at which a panel changes its colour."""
     settings = [panel["fieldConfig"]["defaults"].get("thresholds")]
     for override in panel["fieldConfig"]["overrides"]:
-        names = {one["id"] for one in override["properties"]}
-        if "mappings" not in names:
+        states = any(one["id"] == "mappings" and "CRITICAL" in str(one["value"]) for one in override["properties"])
+        if not states:
             settings += [one["value"] for one in override["properties"] if one["id"] == "thresholds"]
     return {step["value"] for one in settings if one for step in one["steps"] if step["value"] is not None}
 
