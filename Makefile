@@ -8,7 +8,7 @@
 # make bench        cost of a scrape, idle and on a full node       make bench-rules  the rule pack for a thousand nodes
 # make rule-tests   after an alert is added, renamed or removed     make rules-next   the rule pack in a current promtool
 # make docs         write docs/metrics.md and the chart's README    make format       lay the code out as CI wants it
-# make dashboards   grafana/*.json, from grafana/ and the rules    make pictures     the README's, of the dashboards
+# make dashboards   grafana/*.json, from grafana/*.py and the rules   make pictures     draw them for the README
 # make chart        pack the Helm chart, into dist/                 make image        the container image, with docker
 # make lock         pin the dependencies anew
 

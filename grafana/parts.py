@@ -351,7 +351,13 @@ def dashboard(uid: str, title: str, description: str, annotation: str) -> dashbo
         .time("now-1h", "now")
         .refresh("1m")
         .timezone("browser")
-        .with_variable(dashboards.DatasourceVariable("datasource").label("Data source").type("prometheus"))
+        .with_variable(
+            # Grafana's default, if that is a Prometheus; without this the first by name.
+            dashboards.DatasourceVariable("datasource")
+            .label("Data source")
+            .type("prometheus")
+            .current(models.VariableOption(text="default", value="default", selected=True))
+        )
         .link(
             dashboards.DashboardLink("Shoal")
             .type(models.DashboardLinkType.DASHBOARDS)

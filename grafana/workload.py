@@ -30,10 +30,20 @@ if TYPE_CHECKING:
 __all__ = ["workload"]
 
 _NODE: Final = 'cluster=~"$cluster",node=~"$node"'
-_POD: Final = f'{_NODE},namespace=~"$namespace",pod=~"$pod",unit=~"$unit"'
-HERE: Final = f'{_POD},container=~"$container"'
+
+
+def _chosen(label: str) -> str:
+    """Select by a list's choice. Nothing chosen takes everything: a link from a unit's row has an empty pod.
+
+    What follows the name is the name once more, or nothing: no two workloads differ by that.
+    """
+    return f'{label}=~"${label}(|${label}.*)"'
+
+
+_POD: Final = f"{_NODE},{_chosen('namespace')},{_chosen('pod')},{_chosen('unit')}"
+HERE: Final = f"{_POD},{_chosen('container')}"
 # A network namespace is its pod's, of all containers alike.
-NETNS: Final = f'{_POD},container=~"$container|"'
+NETNS: Final = f'{_POD},container=~"($container(|$container.*))?"'
 _NAME: Final = "{{unit}}{{pod}} {{container}}"
 
 Panels = list["timeseries.Panel | table.Panel"]
@@ -58,7 +68,7 @@ def workload() -> dashboards.Dashboard:
     for name, label in (("namespace", "Namespace"), ("pod", "Pod"), ("container", "Container"), ("unit", "Unit")):
         board = board.with_variable(query_variable(name, label, f"label_values({listed}{chosen}}}, {name})"))
         if name != "container":
-            chosen += f',{name}=~"${name}"'
+            chosen += f",{_chosen(name)}"
     number = 0
     for title, panels in (
         ("Why it is slow", _slow()),

@@ -17,7 +17,7 @@ import promql_parser
 import pytest
 from grafana.build import HERE, built, text
 from grafana.failures import FAILURES, levels
-from grafana.reader import Dashboard, interpolate
+from grafana.reader import ALL, Dashboard, interpolate
 from tests.rules.pack import FOREIGN, RULES, TARGET, alerts, exported, expressions, labels_of, recorded, selectors, walk
 
 if TYPE_CHECKING:
@@ -207,6 +207,7 @@ def test_dashboard_is_complete(name: str) -> None:
     assert not content.keys() & {"__inputs", "__requires", "id"}
     datasource, *others = content["templating"]["list"]
     assert datasource["label"] == "Data source"
+    assert datasource["current"]["value"] == "default"
     assert (datasource["name"], datasource["type"], datasource["query"]) == ("datasource", "datasource", "prometheus")
     for variable in others:
         if variable["type"] == "query":
@@ -230,7 +231,7 @@ def test_variables_are_chained(name: str) -> None:
         for earlier in variables[:place]:
             # A unit is in no container, so choosing one must not empty the list of the other.
             if (variable["name"], earlier["name"]) != ("unit", "container"):
-                assert f'{earlier["name"]}=~"${earlier["name"]}"' in query
+                assert f'{earlier["name"]}=~"${earlier["name"]}' in query
 
 
 @pytest.mark.parametrize("name", BOARDS)
@@ -304,3 +305,15 @@ def test_a_name_is_escaped_where_grafana_escapes_it() -> None:
     (selector,) = walk(promql_parser.parse(query))
     (pattern, _) = (matcher.value for matcher in selector.matchers.matchers)
     assert re.fullmatch(pattern, r"a\x2db.service")
+
+
+@pytest.mark.parametrize("label", ["namespace", "pod", "container", "unit"])
+def test_a_choice_takes_itself_all_or_everything(label: str) -> None:
+    """A name takes that name and no longer one that begins with it; All and an empty choice take everything."""
+    for chosen, taken, left in (("queue-1", "queue-1", "queue-10"), ("", "any", None), (ALL, "any", None)):
+        values = Dashboard(BOARDS["shoal-workload"].content, {label: chosen}).values()
+        target = next(one for one in BOARDS["shoal-workload"].panels() if one["title"] == "CPU in use")["targets"][0]
+        (selector,) = walk(promql_parser.parse(interpolate(target["expr"], values, 60)))
+        (pattern,) = (one.value for one in selector.matchers.matchers if one.name == label)
+        assert re.fullmatch(pattern, taken)
+        assert left is None or not re.fullmatch(pattern, left)

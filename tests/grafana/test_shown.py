@@ -97,8 +97,8 @@ def follow(board: Dashboard, address: str, row: dict[str, str]) -> tuple[Dashboa
     ).replace("${__url_time_range}", "from=now-1h&to=now")
     assert "$" not in unquote(address).replace(ALL, "")
     parts = urlsplit(address)
-    query = {key: value[0] for key, value in parse_qs(parts.query).items()}
-    # What is empty is none of the choices, and then Grafana takes All where there is one.
+    # What a row does not have is empty in the address, and Grafana (11 and newer) keeps it so until a person chooses.
+    query = {key: value[0] for key, value in parse_qs(parts.query, keep_blank_values=True).items()}
     chosen = {key.removeprefix("var-"): value for key, value in query.items() if key.startswith("var-")}
     return opened(parts.path.split("/")[2], **chosen), int(query.get("viewPanel", 0))
 
@@ -254,14 +254,33 @@ def test_outside_kubernetes_and_without_a_cluster(stored: Prometheus) -> None:
     row = next(row for row in shown(fleet, grid, stored).rows if row["node"] == ALONE)
     assert row["memory.high"] == 3
     node, number = follow(fleet, _links_of(grid, "memory.high")[0], row)
-    node.chosen["cluster"] = node.chosen.get("cluster") or ALL
+    assert node.chosen["cluster"] == ""
     evidence = shown(node, panel(node, number), stored)
     assert not {"namespace", "pod", "container"} & set(evidence.columns)
     assert evidence.rows[0]["unit"] == UNIT["unit"]
-    workload = opened("shoal-workload", node=ALONE, **UNIT)
+    workload, _ = follow(node, _links_of(panel(node, number), "unit")[0], evidence.rows[0])
     assert shown(workload, titled(workload, "What fires for it"), stored).rows
     memory = titled(workload, "What its memory is made of, and its limits")
     assert all(answer.series for answer in workload.ask(memory, stored, END, _SECONDS))
+
+
+def test_a_link_with_empty_names_shows_all_that_is_known(stored: Prometheus) -> None:
+    """A unit has no pod, and a pod's network namespace no container: neither may hide what the others say of it."""
+    node = opened("shoal-node", cluster="east", node=node_of(6))
+    row = next(row for row in shown(node, panel(node, 106), stored).rows if row.get("unit") == UNIT["unit"])
+    unit, _ = follow(node, _links_of(panel(node, 106), "unit")[0], row)
+    assert (unit.chosen["pod"], unit.chosen["unit"]) == ("", UNIT["unit"])
+    # As exported a unit's series carry the exporter's pod, so an empty choice must not mean an empty label.
+    memory = titled(unit, "What its memory is made of, and its limits")
+    assert all(answer.series for answer in unit.ask(memory, stored, END, _SECONDS))
+    node = opened("shoal-node", cluster="east", node=node_of(2))
+    row = next(
+        row for row in shown(node, panel(node, 1), stored).rows if row["alertname"] == "ShoalListenQueueOverflow"
+    )
+    pod, _ = follow(node, _links_of(panel(node, 1), "pod")[0], row)
+    assert (pod.chosen["pod"], pod.chosen["container"]) == (CHECKOUT["pod"], "")
+    for title in ("CPU in use", "Its listeners", "Connections refused by a full queue, 5 min"):
+        assert all(answer.series for answer in pod.ask(titled(pod, title), stored, END, _SECONDS)), title
 
 
 def test_the_longest_pod_name(stored: Prometheus) -> None:
