@@ -312,13 +312,19 @@ class Lab:
             outcome = case.outcome
             pages = [page for page in firing if page.alert == case.fault.alert]
             outcome.blamed = [page.labels for page in pages]
+            signal = pages[0].labels["signal"] if pages else ""
             strangers = [page.labels for page in pages if not any(page.is_about(labels) for labels in culprits)]
             outcome.attributed = outcome.detected and not strangers
             if strangers:
                 outcome.problems.append(f"the wrong one is blamed: {strangers}")
             for decoy in case.decoys:
+                # On an emulated machine anybody may wait for a CPU, and a warning of that is right and wakes nobody.
                 about = [
-                    page for page in firing if page.is_about(decoy.culprit.labels) and page.alert not in decoy.right
+                    page
+                    for page in firing
+                    if page.is_about(decoy.culprit.labels)
+                    and page.alert not in decoy.right
+                    and (page.labels["severity"] == "critical" or page.labels["signal"] == signal)
                 ]
                 if about:
                     outcome.decoys[decoy.name] = f"it paged: {about[0].labels}"
