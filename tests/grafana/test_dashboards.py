@@ -17,6 +17,7 @@ import promql_parser
 import pytest
 from grafana.build import HERE, built, text
 from grafana.failures import FAILURES, levels
+from grafana.node import evidence_panel
 from grafana.reader import ALL, Dashboard, interpolate
 from tests.rules.pack import FOREIGN, RULES, TARGET, alerts, exported, expressions, labels_of, recorded, selectors, walk
 
@@ -271,10 +272,14 @@ def test_links_lead_somewhere(name: str, panel: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", sorted(alerts()))
 def test_alert_lands_on_a_dashboard(name: str) -> None:
-    """Every alert's dashboard_url is of a dashboard that is here, with variables that it has."""
+    """Every alert's dashboard_url is of a dashboard that is here, and opens the panel of its failure."""
     parts = urlsplit(alerts()[name]["annotations"]["dashboard_url"])
     target = BOARDS[parts.path.split("/")[2]]
-    passed = {key.removeprefix("var-") for key, _ in parse_qsl(parts.query)}
+    query = dict(parse_qsl(parts.query))
+    panels = [evidence_panel(failure) for failure in FAILURES if name in failure.alerts]
+    assert [int(query.pop("viewPanel"))] == panels if panels else "viewPanel" not in query
+    assert set(panels) <= {one["id"] for one in target.panels()}
+    passed = {key.removeprefix("var-") for key in query}
     assert passed == {"cluster", "node"}
     assert passed <= target.variables().keys()
 

@@ -345,6 +345,7 @@ def test_counts_are_never_too_high(keys: list[int]) -> None:
     assert dict(roomy.top(100)) == true
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_table() -> None:
     """Eighty thousand entries, none like another, take no more than ten thousand do."""
     import tracemalloc  # noqa: PLC0415  (slows down what comes after)

@@ -886,6 +886,7 @@ def test_real_connections_and_who_made_them() -> None:
     assert len(ports) == 10
 
 
+@pytest.mark.slow
 @pytest.mark.root
 def test_real_backends_that_are_gone() -> None:
     """A namespace goes away under UDP and TCP clients; the slow, the silent and the drained backend are not gone."""
@@ -916,6 +917,7 @@ def test_real_backends_that_are_gone() -> None:
     assert real["unknown_signals"]["conntrack_backends"] == "not_readable"
 
 
+@pytest.mark.slow
 @pytest.mark.root
 def test_fifty_thousand_real_entries() -> None:
     """All are counted, in memory that does not grow with them, at a cost like conntrack -L's, and the loop goes on."""

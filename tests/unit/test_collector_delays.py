@@ -549,6 +549,7 @@ def wait_until_stopped(*pids: int) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.root
 @pytest.mark.parametrize("source", ["taskstats", "threads"])
 def test_eight_spinners_beside_a_victim(

@@ -104,6 +104,7 @@ def test_what_looks_like_it_and_is_not(tmp_path: Path) -> None:
     assert found[FREE][root] == pytest.approx(seen["df"]["/"][1], abs=2000)
 
 
+@pytest.mark.slow
 @pytest.mark.root
 @pytest.mark.skipif(not os.path.exists("/dev/fuse"), reason="this kernel has no FUSE")
 def test_file_systems_that_hang(tmp_path: Path) -> None:

@@ -429,6 +429,7 @@ def scene_of(name: str) -> dict[str, Any]:
 SERVICE = "{eth0,10.8.0.100}"
 
 
+@pytest.mark.slow
 @pytest.mark.root
 def test_a_move_without_a_word_and_a_clean_failover() -> None:
     """What states and counters say of the fault while nobody asks, and of the decoy: one change that was followed."""
@@ -461,6 +462,7 @@ def test_a_move_without_a_word_and_a_clean_failover() -> None:
     assert scene["six"][0]["neighbours_verify{not_enabled}"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.root
 def test_asking_proves_it_and_leaves_the_entry_as_it_was() -> None:
     """Healthy, moved, claimed by two, pinned to the wrong one, gone: what answers say, and what the kernel keeps."""
@@ -494,6 +496,7 @@ def test_asking_proves_it_and_leaves_the_entry_as_it_was() -> None:
     assert seen["nobody"][1] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.root
 def test_stale_entries_are_nothing_and_a_storm_is_counted() -> None:
     """Hundreds of stale entries leave the watched next hop alone; notifications that were lost are told."""

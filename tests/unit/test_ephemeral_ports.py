@@ -203,6 +203,7 @@ def test_the_owner_stays_when_all_is_in_time_wait() -> None:
         assert owners(two.client, "TIME-WAIT") == {""}
 
 
+@pytest.mark.slow
 @pytest.mark.root
 def test_time_wait_that_may_be_taken_over_holds_no_port() -> None:
     """With tcp_tw_reuse=1, twice as many connections as there are ports find one, and none counts as used."""
@@ -222,6 +223,7 @@ def test_time_wait_that_may_be_taken_over_holds_no_port() -> None:
         assert found["shoal_ephemeral_ports_used"][labels] == found["shoal_ephemeral_ports_time_wait"][labels] >= 180
 
 
+@pytest.mark.slow
 @pytest.mark.root
 def test_time_wait_on_loopback_holds_no_port() -> None:
     """The kernel's default is to take over ports in TIME_WAIT on loopback, and nowhere else."""

@@ -285,6 +285,7 @@ def test_real_rules() -> None:
     assert found["legacy_tables"] == ["nat"]
 
 
+@pytest.mark.slow
 @pytest.mark.root
 def test_many_real_rules() -> None:
     """Ten thousand endpoints: all of them, in less time than nft takes to list them."""

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
     from tests.unit.conftest import Exporter, StartExporter
 
+pytestmark = pytest.mark.slow
+
 DOCUMENT = Path(__file__).parents[2] / "docs" / "web-config.md"
 # One is enough here, and quick.
 ONE_COLLECTOR = tuple(

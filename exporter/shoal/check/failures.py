@@ -116,7 +116,7 @@ FAILURES: tuple[Failure, ...] = (
         "run-queue",
         "Waiting for a CPU",
         ("ShoalCPUStarvation", "ShoalRunQueueDelay", "ShoalCPUThrottling"),
-        ("delays_run_queue",),
+        ("delays_run_queue", "delays_throttling"),
         workloads.run_queue,
     ),
     Failure(

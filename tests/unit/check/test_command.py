@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from tests.unit.conftest import StartExporter
 
+pytestmark = pytest.mark.slow
+
 AVAILABLE = "".join(
     f'shoal_signal_available{{signal="{signal}"}} 1\n'
     for signal in sorted({signal for failure in FAILURES for signal in failure.signals})

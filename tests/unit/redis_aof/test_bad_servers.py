@@ -136,6 +136,7 @@ async def test_silence_is_a_timeout(pretend: Pretend, watch: Watch, monkeypatch:
         assert watching.took < 5
 
 
+@pytest.mark.slow
 async def test_one_good_among_the_bad(pretend: Pretend, start_redis: StartRedis, watch: Watch) -> None:
     """A real server is read and timed as if it were alone, while others hang, refuse, flood and cannot be found."""
     server = await asyncio.to_thread(start_redis)
@@ -255,6 +256,7 @@ async def test_silence_counts_in_the_pings(pretend: Pretend, watch: Watch, monke
     assert watching.slow_pings(found, name, "0.5") >= 2
 
 
+@pytest.mark.slow
 async def test_the_exporters_own_delay_is_no_stall(pretend: Pretend, watch: Watch) -> None:
     """When the exporter itself cannot run for 0.4 s, no PING is slow, and the time is counted as left out."""
     asked = asyncio.Event()

@@ -66,6 +66,7 @@ def test_promtool_and_the_parser_take_it(start_redis: StartRedis, start_exporter
     assert complaints == []
 
 
+@pytest.mark.slow
 def test_it_ends_at_once_while_servers_hang(start_redis: StartRedis, start_exporter: StartExporter) -> None:
     """SIGTERM is not kept waiting by a server that hangs, one that never accepts, and a name that no one knows."""
     server = start_redis()

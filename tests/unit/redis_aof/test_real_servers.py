@@ -266,6 +266,7 @@ async def test_no_tls_there(start_redis: StartRedis, watch: Watch) -> None:
     assert next(iter((await watching.reasons()).values())) in ("tls", "closed", "timeout")
 
 
+@pytest.mark.slow
 async def test_restart(start_redis: StartRedis, watch: Watch) -> None:
     """A server that ends is down at the next scrape; back again it is read anew, and the PINGs go on counting."""
     server = await asyncio.to_thread(start_redis)
@@ -289,6 +290,7 @@ async def test_restart(start_redis: StartRedis, watch: Watch) -> None:
     assert counts[-1] > counts[0]
 
 
+@pytest.mark.slow
 async def test_hang(start_redis: StartRedis, watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stopped process: the scrape ends in time, the PINGs without an answer count as 5 s, and its end is seen."""
     server = await asyncio.to_thread(start_redis)
@@ -325,6 +327,7 @@ async def test_stall_of_300_ms(start_redis: StartRedis, watch: Watch) -> None:
     assert found["shoal_redis_aof_delayed_fsync_total"] == {labels: 0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["always", "everysec"])
 async def test_slow_flushes_of_half_a_second(
     start_redis: StartRedis, watch: Watch, slow_fsync: Path, tmp_path: Path, policy: str
@@ -348,6 +351,7 @@ async def test_slow_flushes_of_half_a_second(
     await asyncio.to_thread(delay.write_text, "0")
 
 
+@pytest.mark.slow
 async def test_flushes_of_over_two_seconds(
     start_redis: StartRedis, watch: Watch, slow_fsync: Path, tmp_path: Path
 ) -> None:
