@@ -246,8 +246,8 @@ def report(server: Prometheus, times: dict[str, list[float]]) -> bool:
         for text in wrong:
             say(text)
         failed |= bool(wrong) or costs[name] > interval * MOST_OF_INTERVAL
-    whole = sum(costs.values())
-    say(f"{'all':28}{sum(len(group['rules']) for group in groups):>6}{'':31}{whole:>9.3f}{whole / INTERVAL:>13.1%}")
+    whole, busy = sum(costs.values()), sum(costs[group["name"]] / group["interval"] for group in groups)
+    say(f"{'all':28}{sum(len(group['rules']) for group in groups):>6}{'':31}{whole:>9.3f}{busy:>13.1%}")
     return not failed
 
 
