@@ -70,7 +70,8 @@ FAULT = Fault(
     alert="ShoalBlockIoStall",
     signal="delays_waits",
     story=throttled_disk,
-    decoys=(Decoy(busy_disk),),
+    # On an emulated machine it waits for a CPU too, and is told so.
+    decoys=(Decoy(busy_disk, right=("ShoalRunQueueDelay",)),),
     confirm=(
         Shows(
             'cat "$cg"/io.pressure; cat "$cg"/io.max; cat "$cg"/io.stat; sleep 5; cat "$cg"/io.stat',
