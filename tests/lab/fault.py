@@ -30,6 +30,8 @@ class Culprit:
     variables: dict[str, str] = field(default_factory=dict)
     instead: dict[str, str] = field(default_factory=dict)
     happened: Callable[[], object] = bool
+    beside: tuple[dict[str, str], ...] = ()
+    """Labels of others whom the same alert may rightly name too."""
 
 
 Story = Generator["Culprit | None", None, None]

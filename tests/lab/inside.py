@@ -306,7 +306,7 @@ class Lab:
 
     def _judge(self, stack: Stack) -> None:
         """Say of each page whether it blames whom it should."""
-        culprits = [case.culprit.labels for case in self.cases]
+        culprits = [labels for case in self.cases for labels in (case.culprit.labels, *case.culprit.beside)]
         firing = [page for page in stack.pages() if page.status == "firing"]
         for case in self.cases:
             outcome = case.outcome
