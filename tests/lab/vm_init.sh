@@ -14,10 +14,8 @@ busybox mount -t squashfs -o ro /dev/vda /run/image
 busybox mount -t tmpfs tmpfs /run/changes
 busybox mkdir /run/changes/upper /run/changes/work
 busybox mount -t overlay -o lowerdir=/run/image,upperdir=/run/changes/upper,workdir=/run/changes/work overlay $root
-busybox mkdir -p $root/run $root/tmp
-busybox mount -t tmpfs tmpfs $root/run
-busybox mount -t tmpfs tmpfs $root/tmp
-busybox mkdir -p $root/var/log $root/root
+# No file system on /tmp: the repository may be below it. What is changed is in memory all the same.
+busybox mkdir -p $root/run $root/tmp $root/var/log $root/root
 for directory in /proc /sys /dev "$out"; do
     busybox mkdir -p "$root$directory"
     busybox mount --rbind "$directory" "$root$directory"
