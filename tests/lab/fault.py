@@ -89,7 +89,7 @@ class Fault:
     exporter: tuple[str, ...] = ()
     """Options that the exporter must be given to see it."""
     one_moment: bool = False
-    """Whether it happens once, so that `check` must have begun before it to see it."""
+    """Whether `check` must have begun before it to see it: it happens once, or the exporter asks once a minute."""
     resolves_after: float = 420
     """The longest that its page may stay after the cure, in seconds: the window of its evidence, and a margin."""
     name: str = ""

@@ -119,6 +119,7 @@ FAULT = Fault(
     signal="neighbours_verify",
     story=wrong_mac,
     decoys=(Decoy(clean_failover), Decoy(quiet_segment)),
+    one_moment=True,
     confirm=(
         Shows("ip neigh show <address>", r"^\S+ dev seg1 lladdr \S+ PERMANENT"),
         Shows("arping -c 3 -w 4 -I <device> <address>", r"reply from|bytes from"),
