@@ -290,7 +290,7 @@ class Lab:
         remote = Remote(stack.exporter)
         before = remote.scrape()
         time.sleep(_CHECK_OVER)
-        findings = [one for verdict in judge(Pair(before, remote.scrape())) for one in verdict.findings]
+        verdicts = {one.failure.number: one for one in judge(Pair(before, remote.scrape()))}
         for case in self.cases:
             for decoy in case.decoys:
                 wrong = ""
@@ -299,8 +299,12 @@ class Lab:
                         wrong = "it did not happen, so its silence means nothing"
                 except Exception as error:  # noqa: BLE001  (its witness failed, which is the finding)
                     wrong = f"its witness failed: {error}"
-                for one in findings:
-                    if decoy.culprit.labels and decoy.culprit.labels.items() <= one.culprit.as_dict().items():
+                for one in verdicts[case.fault.number].findings:
+                    if (
+                        decoy.culprit.labels
+                        and decoy.culprit.labels.items() <= one.culprit.as_dict().items()
+                        and one.alert not in decoy.right
+                    ):
                         wrong = wrong or f"check finds {one.alert} in it: {one.evidence}"
                 case.outcome.decoys[decoy.name] = wrong
 
