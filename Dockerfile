@@ -18,6 +18,8 @@ RUN python3 -m venv /opt/shoal && \
     /opt/shoal/bin/pip install --no-cache-dir --no-compile --require-hashes -r requirements/run.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY exporter exporter
+# The package links to them.
+COPY rules/runbooks rules/runbooks
 RUN /opt/shoal/bin/pip install --no-cache-dir --no-compile --no-deps --no-build-isolation .
 COPY image image
 RUN /opt/shoal/bin/python image/rootfs.py /rootfs

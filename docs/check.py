@@ -11,9 +11,10 @@ ROOT = Path(__file__).parents[1]
 HEAD = """# What check says in each of the fourteen failures
 
 Made by `docs/check.py` from a run of the fault lab (`make lab`, `make lab-vm`): each failure was caused on a real
-kernel, and this is what `shoal-exporter check --from` said of it over five seconds while it went on. Run on the node
-itself it says the same. Lines with `$` prove it, lines with `#` are the first step's; both come from the alert's
-runbook, with the culprit put in where the runbook has an example.
+kernel, and this is what `shoal-exporter check --from` said of it over five seconds while it went on, of 5 and 11 since
+it began: a kill is one moment, and a neighbour is asked once a minute, so for these `--interval 60` sees more. Lines
+with `$` prove it, lines with `#` are the first step's; both come from the alert's runbook, with the culprit put in
+where the runbook has an example.
 
 Each line is a failure: ok, warning, critical, or cannot tell, with the reason. The exit status is that of monitoring
 plugins: 0 nothing is wrong, 1 a warning, 2 critical, 3 nothing can be told or a node did not answer. What cannot be

@@ -132,8 +132,9 @@ def _findings(findings: Sequence[Finding], width: int) -> list[str]:
     alert, culprit = findings[0].alert, findings[0].culprit
     # Not wrapped: a command that is broken cannot be pasted.
     lines += [f"    $ {command}" for command in runbooks.confirm(alert, culprit)]
-    lines += _wrapped(f"First: {runbooks.first_step(alert)}", "    ", width)
-    lines += [f"    # {command}" for command in runbooks.first_commands(alert)]
+    if step := runbooks.first_step(alert):
+        lines += _wrapped(f"First: {step}", "    ", width)
+    lines += [f"    # {command}" for command in runbooks.first_commands(alert, culprit)]
     lines += _wrapped(f"Runbook: shoal-exporter explain {alert}", "    ", width)
     return lines
 
@@ -171,7 +172,7 @@ def as_json(node: str, verdicts: Sequence[Verdict], *, seconds: float) -> dict[s
                         "evidence": finding.evidence,
                         "confirm": runbooks.confirm(finding.alert, finding.culprit),
                         "first_step": runbooks.first_step(finding.alert),
-                        "first_commands": runbooks.first_commands(finding.alert),
+                        "first_commands": runbooks.first_commands(finding.alert, finding.culprit),
                         "runbook_url": runbooks.url(finding.alert),
                     }
                     for finding in one.findings

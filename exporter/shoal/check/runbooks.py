@@ -43,10 +43,10 @@ def first_step(alert: str) -> str:
     return " ".join(step[1].split()) if step else ""
 
 
-def first_commands(alert: str) -> list[str]:
-    """Return the commands that the page gives for that step, as its example has them."""
+def first_commands(alert: str, culprit: Labels) -> list[str]:
+    """Return the commands that the page gives for that step, with the culprit where the page has an example."""
     step = _first(alert)
-    return [line.strip() for line in (step[2] or "").splitlines() if line] if step else []
+    return [_about(line.strip(), culprit) for line in (step[2] or "").splitlines() if line] if step else []
 
 
 def _first(alert: str) -> re.Match[str] | None:
@@ -85,4 +85,9 @@ def _about(command: str, culprit: Labels) -> str:
 
 
 def _section(alert: str, heading: str) -> str:
-    return page(alert).partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    try:
+        text = page(alert)
+    except OSError:
+        # A package that was built without them can still say what is wrong.
+        return ""
+    return text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]

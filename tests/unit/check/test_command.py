@@ -308,9 +308,13 @@ def test_commands_are_about_the_culprit() -> None:
     stuck = runbooks.confirm("ShoalFilesystemStuck", Labels({"mountpoint": "/data"}))
     assert any("/data" in command for command in stuck)
     assert not any("/mnt/share" in command for command in stuck)
+    wrong = runbooks.first_commands("ShoalNeighbourWrongMac", Labels({"address": "10.0.0.9", "device": "eth1"}))
+    assert wrong == ["ip neigh del 10.0.0.9 dev eth1"]
     server = runbooks.confirm("ShoalRedisAofStall", Labels({"server": "10.0.0.7:6380"}))
     assert server[0].startswith("redis-cli -h 10.0.0.7 -p 6380 ")
-    assert runbooks.first_commands("ShoalConntrackDrops") == ["sysctl -w net.netfilter.nf_conntrack_max=524288"]
+    assert runbooks.first_commands("ShoalConntrackDrops", Labels({})) == [
+        "sysctl -w net.netfilter.nf_conntrack_max=524288"
+    ]
 
 
 def test_the_runbooks_are_those_of_the_rules() -> None:
