@@ -75,6 +75,30 @@ def test_kubernetes_takes_every_object(file: Path, kubernetes: str) -> None:
         assert ("namespace" in made["metadata"]) is not made["kind"].startswith("ClusterRole")
 
 
+def understood(made: dict[str, Any]) -> dict[str, Any]:
+    """Return what the operator's own types make of an object; they pass over a field that they do not know."""
+    # Imported here, as it takes seconds.
+    from cloudcoil.models.prometheus_operator import v1  # noqa: PLC0415
+
+    model = getattr(v1, made["kind"]).model_validate(made)
+    found: dict[str, Any] = model.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    return found
+
+
+@each_file
+def test_the_prometheus_operator_takes_its_objects(file: Path) -> None:
+    """Nothing of a monitor or a rule is lost on the way through the types of prometheus-operator."""
+    own = [made for made in objects(values(file)) if made["apiVersion"].startswith("monitoring.coreos.com/")]
+    assert [understood(made) for made in own] == own
+
+
+def test_the_prometheus_operator_drops_what_is_misspelt() -> None:
+    """What the test above rests on: a field of another name does not come back."""
+    monitor = one("PodMonitor", {"monitor": {"kind": "PodMonitor"}})
+    monitor["spec"]["podMetricsEndpoints"][0]["honourLabels"] = True
+    assert understood(monitor) != monitor
+
+
 @each_file
 def test_objects_are_told_apart_and_labelled(file: Path) -> None:
     """No two have one name, every one but the user's own says whose it is, and text in YAML has come out as text."""
