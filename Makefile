@@ -29,9 +29,10 @@ run: .venv/run
 test: .venv/dev lint
 	tests/packages.sh
 	mkdir -p .lab
-	tests/lab/vm.sh $(KERNEL) --resolve-within 0 $(STOCK) >.lab/stock.out 2>&1 & stock=$$!; \
-	    $(BIN)/python -m tests.lab run; own=$$?; wait $$stock; stock=$$?; \
-	    cat .lab/stock.out; test $$own = 0 && test $$stock = 0
+	SHOAL_VM_TIMEOUT=3600 tests/lab/vm.sh $(KERNEL) --tries 2 --patience 900 --resolve-within 0 $(STOCK) >.lab/stock.out 2>&1 & stock=$$!; \
+	    $(BIN)/python -m tests.lab run --tries 2; own=$$?; wait $$stock; stock=$$?; \
+	    cat .lab/stock.out; test $$own = 0 && test $$stock = 0 || \
+	    { grep -h -A 99 "^What is not" .lab/*.md; echo "lab: exit $$own on this kernel, $$stock on $(KERNEL)"; exit 1; }
 	$(BIN)/pytest --cov --cov-report=term
 
 check: .venv/dev lint

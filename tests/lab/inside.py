@@ -7,7 +7,6 @@ Prometheus before it moves; then caused; each is confirmed and cured when its pa
 from __future__ import annotations
 
 import asyncio
-import platform
 import re
 import shutil
 import subprocess
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 import yaml
 from tests.lab.faults import load
 from tests.lab.node import Node, ready
-from tests.lab.report import Outcome, Report
+from tests.lab.report import KERNEL, Outcome, Report
 from tests.lab.stack import PORTS, REPOSITORY, Page, Stack, start, webhook
 
 from shoal.check.report import judge, render, who
@@ -320,7 +319,7 @@ class Lab:
             strangers = [page.labels for page in pages if not any(page.is_about(labels) for labels in culprits)]
             outcome.attributed = outcome.detected and not strangers
             if strangers:
-                outcome.problems.append(f"the wrong one is blamed: {strangers}")
+                outcome.problems.append(f"these are blamed too: {strangers}")
             for decoy in case.decoys:
                 # On an emulated machine anybody may wait for a CPU, and a warning of that is right and wakes nobody.
                 about = [
@@ -404,14 +403,13 @@ def main(names: Sequence[str], pace: Pace, *, output: Path) -> int:
     began = time.monotonic()
     faults = [fault for fault in load() if not names or fault.name in names]
     lab = Lab(faults, pace)
-    kernel = ".".join(platform.release().split(".")[:2])
     try:
         with stage(faults, pace.interval) as (node, stack, scene):
             _say("exporter, Prometheus and Alertmanager answer")
             lab.run(node, stack, scene)
     finally:
-        keep_logs(output / f"{kernel}.logs")
-    report = Report(kernel, time.monotonic() - began, list(lab.outcomes.values()), lab.problems)
+        keep_logs(output / f"{KERNEL}.logs")
+    report = Report(KERNEL, time.monotonic() - began, list(lab.outcomes.values()), lab.problems)
     report.write(output)
     sys.stdout.write(f"\n{report.markdown()}\n{report.line}\n")
     sys.stdout.flush()

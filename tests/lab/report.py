@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import platform
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["FAULTS", "Outcome", "Report"]
+__all__ = ["FAULTS", "KERNEL", "Outcome", "Report"]
 
 FAULTS: Final = 14
+KERNEL: Final = ".".join(platform.release().split(".")[:2])
+"""The kernel that runs here, as reports are named for it."""
 
 
 @dataclass(slots=True)
@@ -41,6 +44,16 @@ class Outcome:
     """{decoy: nothing if it was silent, or what went wrong}"""
     problems: list[str] = field(default_factory=list)
     """What else is not as it should be; each makes the run fail."""
+    first_try: list[str] = field(default_factory=list)
+    """What was wrong when it was tried the first time, if this is the second."""
+
+    @property
+    def wrong(self) -> list[str]:
+        """All that is not as it should be, in sentences."""
+        missed = [] if self.detected or not self.ran else ["it did not page"]
+        blamed = ["the wrong one is blamed"] if self.detected and not self.attributed else []
+        decoys = [f"decoy {name}: {sentence}" for name, sentence in self.decoys.items() if sentence]
+        return [*missed, *blamed, *self.problems, *decoys]
 
     @property
     def ran(self) -> bool:
@@ -55,9 +68,7 @@ class Outcome:
     @property
     def good(self) -> bool:
         """Whether everything about it is as it should be."""
-        return not self.problems and (
-            not self.ran or (self.detected and self.attributed and self.silent == len(self.decoys))
-        )
+        return not self.wrong
 
 
 @dataclass(slots=True)
@@ -82,9 +93,44 @@ class Report:
         )
 
     @property
+    def wrong(self) -> list[str]:
+        """All that is not as it should be, in sentences."""
+        return [*self.problems, *(f"{one.name}: {sentence}" for one in self.outcomes for sentence in one.wrong)]
+
+    @property
     def good(self) -> bool:
         """Whether the run succeeded."""
-        return not self.problems and all(one.good for one in self.outcomes)
+        return not self.wrong
+
+    @staticmethod
+    def forget(directory: Path) -> None:
+        """Remove what was written of this kernel, so that no earlier run is taken for this one."""
+        for suffix in ("json", "md"):
+            (directory / f"{KERNEL}.{suffix}").unlink(missing_ok=True)
+
+    @classmethod
+    def read(cls, directory: Path) -> Report | None:
+        """Read what `write` wrote of this kernel, if it came to that."""
+        if not (directory / f"{KERNEL}.json").exists():
+            return None
+        content = json.loads((directory / f"{KERNEL}.json").read_text(encoding="utf-8"))
+        outcomes = [Outcome(**one) for one in content["faults"]]
+        return cls(content["kernel"], content["took_seconds"], outcomes, content["problems"])
+
+    @property
+    def failed(self) -> list[str]:
+        """The names of the failures that are not as they should be."""
+        return [one.name for one in self.outcomes if not one.good]
+
+    def tried_again(self, second: Report) -> Report:
+        """Return this one with what a second try of some made of them, and what was wrong at the first."""
+        again = {one.name: one for one in second.outcomes}
+        for one in self.outcomes:
+            if one.name in again:
+                again[one.name].first_try = one.wrong
+        outcomes = [again.get(one.name, one) for one in self.outcomes]
+        took = self.took_seconds + second.took_seconds
+        return Report(self.kernel, took, outcomes, self.problems + second.problems)
 
     def write(self, directory: Path) -> None:
         """Write it as <kernel>.md and <kernel>.json."""
@@ -118,12 +164,16 @@ class Report:
                 f" | {one.silent} of {len(one.decoys)} | {sum(one.confirmed.values())} of {len(one.confirmed)}"
                 f" | {resolved} |"
             )
-        wrong = [f"- {sentence}" for sentence in self.problems]
-        for one in self.outcomes:
-            wrong += [f"- {one.name}: {sentence}" for sentence in one.problems]
-            wrong += [f"- {one.name}, decoy {name}: {sentence}" for name, sentence in one.decoys.items() if sentence]
-        if wrong:
-            rows += ["", "What is not as it should be:", "", *wrong]
+        tried = [f"- {one.name}: {sentence}" for one in self.outcomes for sentence in one.first_try]
+        if tried:
+            rows += [
+                "",
+                "As it should be or not, the table has the second try of these; at the first it was:",
+                "",
+                *tried,
+            ]
+        if self.wrong:
+            rows += ["", "What is not as it should be:", "", *(f"- {sentence}" for sentence in self.wrong)]
         return "\n".join(rows) + "\n"
 
 

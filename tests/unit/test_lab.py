@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -18,13 +19,14 @@ from tests.lab.fault import Shows
 from tests.lab.faults import load
 from tests.lab.inside import _shown, _waits, confirm_section
 from tests.lab.node import cgroup_mount
-from tests.lab.report import FAULTS, Outcome, Report
+from tests.lab.report import FAULTS, KERNEL, Outcome, Report
 from tests.lab.stack import REPOSITORY, Page, _alertmanager_configuration, _prometheus_configuration
 
 from shoal.collectors import available_names
 from shoal.collectors import load as load_collector
 
 if TYPE_CHECKING:
+    from argparse import Namespace
     from pathlib import Path
 
     from tests.lab.fault import Fault
@@ -140,7 +142,54 @@ def test_the_last_line_and_the_verdict(tmp_path: Path, changes: dict[str, object
     assert content["faults"][0]["seconds_to_page"] == 9.6
     text = (tmp_path / "6.18.md").read_text()
     assert report.line in text
-    assert ("What is not as it should be" in text) is ("problems" in changes or "decoys" in changes)
+    assert ("What is not as it should be" in text) is not good
+
+
+def test_what_failed_is_tried_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only that; the report has what the second try made of it, and what was wrong at the first."""
+    tries: list[list[str]] = []
+
+    def run(_arguments: object, words: list[str]) -> int:
+        tries.append(words)
+        if len(tries) == 1:
+            Report(KERNEL, 60, [outcome(1), outcome(2, detected=False)], []).write(tmp_path)
+            return 1
+        second = Report(KERNEL, 30, [outcome(2)], [])
+        second.write(tmp_path / "second")
+        return int(not second.good)
+
+    monkeypatch.setattr(program, "_outside", run)
+    monkeypatch.setattr(program, "_missing", str)
+    monkeypatch.setattr(sys, "argv", ["lab", "run", "--tries=2", f"--output={tmp_path}"])
+    assert program.main() == 0
+    assert tries[1][:2] == ["run", "n2"]
+    assert len(tries) == 2
+    both = Report.read(tmp_path)
+    assert both
+    assert both.good
+    assert both.took_seconds == 90
+    assert [one.first_try for one in both.outcomes] == [[], ["it did not page"]]
+    assert "n2: it did not page" in both.markdown()
+
+
+def test_what_fails_twice_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And so is what is wrong with a run as a whole, which is not tried again."""
+    problems: list[str] = []
+
+    def run(arguments: Namespace, words: list[str]) -> int:
+        target = tmp_path / "second" if words[0] == "run" else arguments.output
+        Report(KERNEL, 60, [outcome(2, detected=bool(problems))], problems).write(target)
+        return 1
+
+    monkeypatch.setattr(program, "_outside", run)
+    monkeypatch.setattr(program, "_missing", str)
+    monkeypatch.setattr(sys, "argv", ["lab", "--tries=2", "run", f"--output={tmp_path}"])
+    assert program.main() == 1
+    assert not Report.read(tmp_path).good  # type: ignore[union-attr]
+    shutil.rmtree(tmp_path / "second")
+    problems.append("Prometheus cannot evaluate X")
+    assert program.main() == 1
+    assert not (tmp_path / "second").exists()
 
 
 def lab(*arguments: str, user: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
