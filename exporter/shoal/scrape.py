@@ -1,10 +1,12 @@
-"""Runs the collectors of one scrape side by side, each under a deadline, so that none can cost another its families."""
+"""Runs the collectors of one scrape, in turn as long as they are quick, so that none can cost another its families."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
+from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,7 +17,7 @@ from shoal.inventory import Node
 from shoal.kernel.files import Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Awaitable, Coroutine, Iterable, Mapping, Sequence
 
     from shoal.collectors import Collector
     from shoal.kernel.files import Roots
@@ -25,7 +27,10 @@ __all__ = ["METRICS", "Scraper"]
 logger = logging.getLogger(__name__)
 
 _STOP_SECONDS = 1.0
-_HEAD_START_SECONDS = 0.02
+# How long a collector may be read before those that wait for its thread get another.
+_PATIENCE_SECONDS = 0.02
+
+_Result = tuple[list[Family], float]
 
 SUCCESS = Metric(
     "shoal_scrape_collector_success",
@@ -45,11 +50,13 @@ METRICS = (SUCCESS, DURATION)
 """What the scrape exports about itself."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Run:
-    """One run of one collector. `task` ends with its families and its duration in seconds."""
+    """One run of one collector. `outcome` is its families and its duration in seconds, or what it raised."""
 
-    task: asyncio.Task[tuple[list[Family], float]]
+    collector: Collector
+    node: Node
+    outcome: asyncio.Future[_Result]
     started: float
 
 
@@ -67,21 +74,20 @@ class Scraper:
         self.failures: dict[str, str] = {}
         """{collector: why} of those whose last run gave nothing."""
         self._runs: dict[str, _Run] = {}
+        self._working: set[asyncio.Task[None]] = set()
 
     async def scrape(self, names: Iterable[str], timeout: float) -> list[Family]:  # noqa: ASYNC109  (per collector)
         """Run the named collectors and return their families merged by metric, within `timeout` seconds.
 
         Never raises: what a collector could not give is absent, with its success 0 and its signals unavailable.
         """
-        node = Node(self._roots)
-        deadline = time.monotonic() + timeout
-        runs = []
-        for name in sorted(names):
-            runs.append(asyncio.create_task(self._collect(name, node, deadline - time.monotonic())))
-            # Python runs one thread at a time, and ten that contend for it cost more than ten in turn: 13.9 ms of CPU
-            # a scrape against 8.4 on an idle machine. So each has a head start, and only the slow ones overlap.
-            await asyncio.wait({runs[-1]}, timeout=_HEAD_START_SECONDS)
-        results = await asyncio.gather(*runs)
+        began = time.monotonic()
+        runs = self._begin(sorted(names))
+        # What hangs from an earlier scrape is not waited for, or it would make each as late as it may be.
+        awaited = {run.outcome for run in runs if began - run.started < timeout}
+        if awaited:
+            await asyncio.wait(awaited, timeout=began + timeout - time.monotonic())
+        results = [self._result(run, timeout, awaited=run.outcome in awaited) for run in runs]
         merged: dict[Metric, Family] = {}
         for families in results:
             for family in families:
@@ -106,33 +112,53 @@ class Scraper:
         if stops:
             await asyncio.wait(stops, timeout=_STOP_SECONDS)
 
-    async def _collect(self, name: str, node: Node, timeout: float) -> list[Family]:  # noqa: ASYNC109  (see above)
-        collector = self.collectors[name]
-        run = self._runs.get(name)
-        if run is None:
-            run = _Run(asyncio.create_task(_timed(collector, node)), time.monotonic())
-            self._runs[name] = run
-            run.task.add_done_callback(partial(self._ended, name))
-        elif (elapsed := time.monotonic() - run.started) >= timeout:
-            return self._failed(collector, elapsed, f"still running from an earlier scrape, for {elapsed:.1f} s")
-        await asyncio.wait({run.task}, timeout=timeout)
-        elapsed = time.monotonic() - run.started
-        if not run.task.done():
-            return self._failed(collector, elapsed, f"not finished within {timeout:.1f} s")
-        if run.task.cancelled():
-            return self._failed(collector, elapsed, "cancelled")
-        if error := run.task.exception():
-            logger.debug("collector raised", exc_info=error, extra={"collector": name})
-            return self._failed(collector, elapsed, _sentence(error))
-        if self.failures.pop(name, None):
-            logger.info("collector works again", extra={"collector": name})
-        families, duration = run.task.result()
-        return [*families, *_outcome(name, 1, duration)]
+    def _begin(self, names: Iterable[str]) -> list[_Run]:
+        """Return a run of each of these: the one that goes on, or a new one."""
+        node = Node(self._roots)
+        loop = asyncio.get_running_loop()
+        runs, blocking = [], []
+        for name in names:
+            run = self._runs.get(name)
+            if run is None:
+                collector = self.collectors[name]
+                run = _Run(collector, node, loop.create_future(), time.monotonic())
+                self._runs[name] = run
+                run.outcome.add_done_callback(partial(self._ended, name))
+                if asks := collector.asks(node):
+                    self._background(_ask_and_read(asks, run))
+                else:
+                    blocking.append(run)
+            runs.append(run)
+        if blocking:
+            self._background(_read_in_turn(blocking))
+        return runs
 
-    def _ended(self, name: str, task: asyncio.Task[tuple[list[Family], float]]) -> None:
+    def _background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run what goes on though the scrape that began it is answered."""
+        task = asyncio.create_task(work)
+        self._working.add(task)
+        task.add_done_callback(self._working.discard)
+
+    def _result(self, run: _Run, timeout: float, *, awaited: bool) -> list[Family]:
+        collector, outcome, elapsed = run.collector, run.outcome, time.monotonic() - run.started
+        if not awaited:
+            return self._failed(collector, elapsed, f"still running from an earlier scrape, for {elapsed:.1f} s")
+        if not outcome.done():
+            return self._failed(collector, elapsed, f"not finished within {timeout:.1f} s")
+        if outcome.cancelled():
+            return self._failed(collector, elapsed, "cancelled")
+        if error := outcome.exception():
+            logger.debug("collector raised", exc_info=error, extra={"collector": collector.name})
+            return self._failed(collector, elapsed, _sentence(error))
+        if self.failures.pop(collector.name, None):
+            logger.info("collector works again", extra={"collector": collector.name})
+        families, duration = outcome.result()
+        return [*families, *_outcome(collector.name, 1, duration)]
+
+    def _ended(self, name: str, outcome: asyncio.Future[_Result]) -> None:
         """Let go of a run and its result; the next scrape starts another."""
         del self._runs[name]
-        _look(task)
+        _look(outcome)
 
     def _failed(self, collector: Collector, duration: float, why: str) -> list[Family]:
         if collector.name not in self.failures:
@@ -145,26 +171,79 @@ class Scraper:
         return [absent, *_outcome(collector.name, 0, duration)]
 
 
-async def _timed(collector: Collector, node: Node) -> tuple[list[Family], float]:
+async def _ask_and_read(asks: Awaitable[None], run: _Run) -> None:
+    try:
+        await asks
+    except BaseException as error:  # noqa: BLE001  (of the collector, whatever it is)
+        run.outcome.set_exception(error)
+    else:
+        await _read_in_turn([run])
+
+
+async def _read_in_turn(runs: Sequence[_Run]) -> None:
+    """Read these one after another in a worker thread; behind one that is slow another thread goes on with the rest.
+
+    Python runs one thread at a time: ten that contend for it, or are woken one by one, cost twice as much as one that
+    does all ten. What has ended is handed to those who wait when all has, or when the loop looks for the slow ones.
+    """
+    waiting = deque(runs)
+    ended: deque[tuple[_Run, _Result | BaseException]] = deque()
+
+    def work() -> None:
+        while waiting:
+            # Another thread may have taken the last.
+            with suppress(IndexError):
+                run = waiting.popleft()
+                ended.append((run, _read(run)))
+
+    def hand_over() -> None:
+        while ended:
+            run, result = ended.popleft()
+            if isinstance(result, BaseException):
+                run.outcome.set_exception(result)
+            else:
+                run.outcome.set_result(result)
+
+    loop = asyncio.get_running_loop()
+    workers: set[asyncio.Future[None]] = set()
+    before = -1
+    while waiting or workers:
+        if waiting and len(waiting) in {len(runs), before}:
+            workers.add(loop.run_in_executor(None, work))
+        before = len(waiting)
+        # First in this order: what ended before the last was taken is handed over, what ends later ends its thread.
+        patience = _PATIENCE_SECONDS if waiting else None
+        hand_over()
+        _, workers = await asyncio.wait(workers, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+    hand_over()
+
+
+def _read(run: _Run) -> _Result | BaseException:
+    """Return what a collector read and how long it took, or what it raised."""
     started = time.monotonic()
-    families = await collector.collect(node)
-    # Looked at in a thread, as a large node has ten thousand samples.
-    await asyncio.to_thread(_check, families)
+    try:
+        families = run.collector.read(run.node)
+        _check(families)
+    except StopIteration:
+        # asyncio would not hand this one on.
+        return RuntimeError("a StopIteration was not caught")
+    except BaseException as error:  # noqa: BLE001  (of the collector, whatever it is)
+        return error
     # The availability belongs to these families: the next run may begin to change it before anybody reads it.
-    return [*families, collector.availability.family()], time.monotonic() - started
+    return [*families, run.collector.availability.family()], time.monotonic() - started
 
 
 def _check(families: object) -> None:
     """Refuse what could not be rendered, so that it costs its collector and not the whole scrape."""
     if not isinstance(families, list):
-        raise TypeError(f"collect() returned {type(families).__name__}, not a list of families")
+        raise TypeError(f"read() returned {type(families).__name__}, not a list of families")
     for family in families:
         if not isinstance(family, Family):
-            raise TypeError(f"collect() returned a list with {type(family).__name__} in it, which is no family")
+            raise TypeError(f"read() returned a list with {type(family).__name__} in it, which is no family")
         family.check()
 
 
-def _look(task: asyncio.Task[Any]) -> None:
+def _look(task: asyncio.Future[Any]) -> None:
     """Look at the outcome of a task that nobody may wait for any more, so that asyncio does not complain of it."""
     if not task.cancelled():
         task.exception()

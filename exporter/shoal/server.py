@@ -321,6 +321,11 @@ class _Listener:
             sockets = [undo.enter_context(one.dup()) for server in old for one in server.sockets]
             self._servers = [await self._serve(tls, sock=one) for one in sockets]
             undo.pop_all()
+        # A connection that was taken just now is the server's only when its task has begun; closed before, it is lost.
+        for server in old:
+            for one in server.sockets:
+                asyncio.get_running_loop().remove_reader(one.fileno())
+        await asyncio.sleep(0)
         _close(old)
 
     def close(self) -> None:

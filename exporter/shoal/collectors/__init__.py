@@ -5,7 +5,6 @@ The names of the files are the names of the collectors, so that what is not enab
 
 from __future__ import annotations
 
-import asyncio
 import importlib
 import logging
 import pkgutil
@@ -18,7 +17,7 @@ from shoal.kernel.cgroups import open_cgroup
 from shoal.kernel.files import ParseError, Reason, Unavailable, Vanished
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 
     from shoal.inventory import Inventory, Node, Workload
     from shoal.settings import Settings
@@ -94,7 +93,6 @@ class Collector(ABC):
     """Reads one signal of the kernel and turns it into families.
 
     A subclass says which failure it reveals in its docstring, names its metrics and signals, and implements `read`.
-    One that has no blocking reads overrides `collect` instead of `read`.
     """
 
     name: ClassVar[str]
@@ -115,20 +113,16 @@ class Collector(ABC):
     async def stop(self) -> None:  # noqa: B027  (see start)
         """End what `start` began."""
 
-    async def collect(self, node: Node) -> list[Family]:
-        """Return the families of one scrape. The reads block, so they run in a worker thread."""
-        return await asyncio.to_thread(self._read, node)
-
-    def _read(self, node: Node) -> list[Family]:
-        try:
-            return self.read(node)
-        except StopIteration as error:
-            # Before 3.12 asyncio cannot hand this one on, and the run would never end.
-            raise RuntimeError("a StopIteration was not caught") from error
+    def asks(self, node: Node) -> Awaitable[None] | None:  # noqa: ARG002  (most have nobody to ask)
+        """Return what is to be awaited on the loop before `read`: answers of servers. None if there is nothing."""
+        return None
 
     @abstractmethod
     def read(self, node: Node) -> list[Family]:
-        """Read the kernel. What is not there is noted in `availability`; anything raised is a failure."""
+        """Return the families of one scrape. Called in a worker thread, as the reads block.
+
+        What is not there is noted in `availability`; anything raised is a failure.
+        """
 
 
 def read_workloads(

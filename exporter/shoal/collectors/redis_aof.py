@@ -18,7 +18,7 @@ from shoal.redis.errors import Down
 from shoal.redis.info import number
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Awaitable, Callable, Iterator
 
     from shoal.kernel.mounts import Mount
     from shoal.redis.discovery import Found
@@ -334,15 +334,17 @@ class RedisAofCollector(Collector):
             task.cancel()
         await asyncio.gather(*watched, return_exceptions=True)
 
-    async def collect(self, node: Node) -> list[Family]:
-        """Ask all servers at once, then join their answers with the kernel's in a worker thread."""
+    def asks(self, node: Node) -> Awaitable[None] | None:
+        """Ask all servers at once, before `read` joins their answers with the kernel's."""
+        return self._ask(node) if self.settings.redis_targets or self.settings.redis_discover else None
+
+    async def _ask(self, node: Node) -> None:
         await self.start()
         if self.settings.redis_discover and self._tools:
             with self.availability.reading("redis_aof_servers"):
                 await self._discover(node, *self._tools)
         watched = [*self._targets.values(), *self._found.values()]
         self._outcomes = list(zip(watched, await asyncio.gather(*map(_ask, watched)), strict=True))
-        return await super().collect(node)
 
     def _watch(self, server_type: type[Server], target: Target, pid: int | None = None) -> _Watch:
         pings = Histogram(_BUCKETS)
