@@ -10,6 +10,7 @@ import os
 import re
 import threading
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 from shoal.kernel.cgroups import find_hierarchy, read_process_cgroups, read_processes, walk
@@ -147,26 +148,44 @@ class Inventory:
         Seen from a cgroup namespace of its own the beginning of the path is missing, so the container id in it
         is looked up, and the rest is only what the path itself tells.
         """
-        parts = path.strip("/").split("/")
-        for part in reversed(parts):
-            match = _CONTAINER.search(part)
-            if match and match[1] in self._by_container:
-                return self._by_container[match[1]]
-        return _owner_from_parts(parts, self._names) or Owner()
+        identity = _identity(path)
+        for container in identity.containers:
+            if container in self._by_container:
+                return self._by_container[container]
+        return _owner_of(identity, self._names) or Owner()
 
 
-def _owner_from_parts(parts: list[str], names: _KubeletNames) -> Owner | None:
-    """Return the owner of the innermost named part of a path, or None. A unit counts only outside containers."""
+@dataclass(frozen=True, slots=True)
+class _Identity:
+    """What a path of a cgroup tells by itself: of its innermost named part, and every container id, innermost first."""
+
+    uid: str
+    container: str
+    unit: str
+    containers: tuple[str, ...]
+
+
+@lru_cache(maxsize=4096)
+def _identity(path: str) -> _Identity:
+    """Read a path, the same ones at every scrape. A unit counts only outside containers."""
     uid = container = unit = ""
-    for part in parts:
+    containers = []
+    for part in path.strip("/").split("/"):
         if match := _POD.search(part):
             uid = match[1].replace("_", "-")
             container = unit = ""
         if match := _CONTAINER.search(part):
+            containers.append(match[1])
             # A container inside a container is the outer one's affair; inside a pod of its own it is not.
             container, unit = container or match[1], ""
         elif not (uid or container or unit) and _UNIT.match(part) and not _HELPER.match(part):
             unit = part
+    return _Identity(uid, container, unit, tuple(reversed(containers)))
+
+
+def _owner_of(identity: _Identity, names: _KubeletNames) -> Owner | None:
+    """Return the owner by the kubelet's names, or None if nobody is named."""
+    uid, container, unit = identity.uid, identity.container, identity.unit
     if not (uid or container or unit):
         return None
     namespace, pod = names.pods.get(uid, ("", uid))
@@ -216,7 +235,7 @@ def build_inventory(roots: Roots) -> Inventory:
     for cgroup in walk(hierarchy.mount):
         parent, _, last = cgroup.path.rpartition("/")
         inherited = owners.get(parent)
-        own = _owner_from_parts(cgroup.path[1:].split("/"), names)
+        own = _owner_of(_identity(cgroup.path), names)
         owners[cgroup.path] = own
         if own is None:
             continue
@@ -295,12 +314,8 @@ class Node:
         try:
             return self.inventory().owner_of_path(path)
         except Unavailable:
-            return (
-                _owner_from_parts(
-                    path.strip("/").split("/"), self._names.get(lambda: _kubelet_names(self.roots.rootfs))
-                )
-                or Owner()
-            )
+            names = self._names.get(lambda: _kubelet_names(self.roots.rootfs))
+            return _owner_of(_identity(path), names) or Owner()
 
     def network_namespaces(self) -> list[LabelledNamespace]:
         """Return the network namespaces that have processes, labelled. Raises `Unavailable`."""

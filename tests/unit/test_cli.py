@@ -176,11 +176,12 @@ def test_a_signal_ends_it_with_0(number: signal.Signals, start_exporter: StartEx
     lines = exporter.log.splitlines()
     listening = rf"ts=\S+ level=info logger=shoal.server msg=listening address=127\.0\.0\.1:{port} collectors=\S+"
     assert re.fullmatch(listening, lines[0])
-    assert re.fullmatch(r"ts=\S+ level=info logger=shoal.server msg=stopping", lines[-1])
+    # A collector that is being read has its word after it.
+    assert any(re.fullmatch(r"ts=\S+ level=info logger=shoal.server msg=stopping", line) for line in lines)
     assert all(re.match(r"ts=\S+ level=(info|warning|error) logger=\S+ msg=", line) for line in lines)
 
 
-@pytest.mark.parametrize("deadline", ["0.5", "60"], ids=["answered without it", "waiting for it"])
+@pytest.mark.parametrize("deadline", ["3", "60"], ids=["answered without it", "waiting for it"])
 def test_a_signal_ends_it_while_a_collector_hangs(deadline: str, start_exporter: StartExporter) -> None:
     """Whether its scrape has been answered without it or still waits: nothing else can end a thread in the kernel."""
     exporter = start_exporter(program=("-c", HANGS))

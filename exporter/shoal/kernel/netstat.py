@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from shoal.kernel.files import ParseError, lines, read
 
 __all__ = ["parse_netstat", "read_netstat"]
@@ -16,15 +18,21 @@ def parse_netstat(data: bytes, file: str = "net/netstat") -> dict[str, int]:
     rows = lines(data, file)
     counters: dict[str, int] = {}
     for index in range(0, len(rows), 2):
-        names = rows[index].split()
-        values = rows[index + 1].split() if index + 1 < len(rows) else []
-        if not names or len(names) != len(values) or names[0] != values[0]:
-            raise ParseError(file, index + 2, f"as many values as line {index + 1} has names")
         try:
-            counters.update(zip((name.decode() for name in names[1:]), map(int, values[1:]), strict=True))
+            protocol, *names = _words(rows[index])
+            of, *values = rows[index + 1].split() if index + 1 < len(rows) else [b""]
+            if protocol != of.decode() or len(names) != len(values):
+                raise ParseError(file, index + 2, f"as many values as line {index + 1} has names")
+            counters.update(zip(names, map(int, values), strict=True))
         except ValueError:
             raise ParseError(file, index + 2, "whole numbers after the protocol's name") from None
     return counters
+
+
+@lru_cache(maxsize=16)
+def _words(line: bytes) -> tuple[str, ...]:
+    """Return the words of a line of names, which is the same in every namespace of a node."""
+    return tuple(line.decode().split())
 
 
 def read_netstat(proc: str, pid: int | str) -> dict[str, int]:
