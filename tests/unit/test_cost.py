@@ -1,0 +1,124 @@
+"""What a scrape costs whatever the machine: the files opened for each pod, and the memory for each sample.
+
+How long it takes is for `make bench` to say, which no test can.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from tests.bench.pods import pods
+
+from shoal.collectors import load
+from shoal.exposition import render
+from shoal.inventory import Node
+from shoal.kernel.files import Roots
+from shoal.settings import resolve
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from shoal.families import Family
+
+RECORDED = Path(__file__).parent / "fixtures" / "6.12"
+CONTAINER = (
+    "kubepods.slice/kubepods-podb2a4c6d8_1357_4e9f_a0b1_c2d3e4f5a6b7.slice/"
+    "crio-fe32621bd7721450998cef6bb0955b37ca94ecdc69f032e702ac688d6dbf3823.scope"
+)
+COUNTED = ("open", "read", "stat", "scandir", "listdir")
+
+
+def lay_out(root: Path, number: int) -> Roots:
+    """Lay out so many pods of one container, each a copy of a recorded one."""
+    recorded = RECORDED / "sys" / "fs" / "cgroup"
+    mount = root / "fs" / "cgroup"
+    mount.mkdir(parents=True)
+    shutil.copy(recorded / "cgroup.controllers", mount)
+    for pod in pods(number, number):
+        scope = mount / pod.cgroup(0)
+        ignore = shutil.ignore_patterns("cgroup.procs")
+        shutil.copytree(recorded / CONTAINER, scope.parent, ignore=ignore)
+        shutil.copytree(recorded / CONTAINER, scope, ignore=ignore)
+    return Roots(proc=str(RECORDED / "proc"), sys=str(root), rootfs=str(root))
+
+
+def calls(monkeypatch: pytest.MonkeyPatch, work: Callable[[], object]) -> Counter[str]:
+    """Return how often each of os's functions is called by this."""
+    found: Counter[str] = Counter()
+
+    def counting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: object, **named: object) -> object:
+            found[name] += 1
+            return function(*arguments, **named)
+
+        return call
+
+    with monkeypatch.context() as patched:
+        for name in COUNTED:
+            patched.setattr(os, name, counting(name, getattr(os, name)))
+        work()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("collectors", "opened"),
+    [
+        # Both directories, and of the container cpu.pressure, memory.pressure and io.pressure.
+        (("pressure",), 5),
+        # Of both the directory, cpu.stat and cpu.max.burst.
+        (("delays",), 6),
+        # Of both the directory, memory.current, high, max and peak, of the container memory.events and .local, and of
+        # the pod memory.max and the directory once more, as that is what limits the container.
+        # memory.stat, which the kernel takes longest to write, is read only of what comes near a limit.
+        (("memory",), 14),
+        (("pressure", "delays", "memory"), 25),
+    ],
+    ids=str,
+)
+def test_files_opened_for_each_pod(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, collectors: tuple[str, ...], opened: int
+) -> None:
+    """One pod more, with one container, wants so many more; what is not asked for wants none."""
+    found = []
+    for number in (10, 20):
+        roots = lay_out(tmp_path / str(number), number)
+        chosen = [load(name)(resolve({}, {})) for name in collectors]
+        node = Node(roots)
+        found.append(calls(monkeypatch, lambda chosen=chosen, node=node: [one.read(node) for one in chosen]))  # type: ignore[misc]
+    more = found[1] - found[0]
+    assert more["open"] / 10 == opened
+    # Directories are not read, of a file the end is read too.
+    assert more["read"] / 10 <= 2 * opened
+    # The walk looks at each once, and lists only what has others below it.
+    assert more["stat"] / 10 <= 2
+    assert more["scandir"] / 10 <= 1
+    assert more["listdir"] == 0
+
+
+def test_memory_for_each_sample(tmp_path: Path) -> None:
+    """A sample is a tuple of its labels, which the samples of a workload share, and a number."""
+    roots = lay_out(tmp_path, 20)
+    collector = load("memory")(resolve({}, {}))
+    collector.read(Node(roots))
+    node = Node(roots)
+    node.inventory()
+    gc.collect()
+    before = sys.getallocatedblocks()
+    families: list[Family] = collector.read(node)
+    blocks = sys.getallocatedblocks() - before
+    samples = sum(len(family.samples) for family in families)
+    assert samples > 20 * 4
+    assert blocks / samples <= 4
+    # The label part of a line is made once, and there is no more of it than there are sets of labels.
+    render(families, openmetrics=True)
+    gc.collect()
+    before = sys.getallocatedblocks()
+    render(families, openmetrics=True)
+    assert sys.getallocatedblocks() - before < samples / 10
