@@ -5,7 +5,7 @@
 # make lab-vm       the same in a virtual machine: KERNEL=5.10, 6.1 or 6.12; make lab-vm-all is one after the other
 # make demo         cause one failure and watch it: FAULT=listen_queue; make lab-list names them
 # make test-vm      what else only a stock kernel can show: KERNEL=6.1
-# make bench        cost of a scrape, idle and on a full node       make bench-rules  the rule pack for a thousand nodes
+# make bench        cost of a scrape beside its peers: BENCH='idle', 'full', 'monster'   make bench-rules  the rule pack for a thousand nodes
 # make rule-tests   after an alert is added, renamed or removed     make rules-next   the rule pack in a current promtool
 # make docs         write docs/metrics.md and the chart's README    make format       lay the code out as CI wants it
 # make dashboards   grafana/*.json, from grafana/*.py and the rules   make pictures     draw them for the README
@@ -53,8 +53,7 @@ test-vm: .venv/dev
 
 bench: .venv/dev
 	tests/packages.sh
-	$(BIN)/python -m tests.bench.idle
-	$(BIN)/python -m tests.bench.full
+	$(BIN)/python -m tests.bench.scrape $(BENCH)
 
 # LAB is for more: make lab LAB='--resolve-within 420 listen_queue'
 lab: .venv/dev

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 
@@ -28,16 +28,39 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from typing import IO
 
-__all__ = ["CONTAINERS", "ENTRIES", "PODS", "SOCKETS", "TIER_2", "TIER_3", "FullNode", "full_node"]
+__all__ = ["CONTAINERS", "FULL", "IDLE", "MONSTER", "PODS", "TIER_2", "TIER_3", "FullNode", "Size", "full_node"]
 
 PODS: Final = 110
 """What a kubelet allows (maxPods)."""
 CONTAINERS: Final = 250
 """Of all pods together; each pod has a sandbox besides, which holds its network namespace."""
-SOCKETS: Final = 50_000
-"""TCP, established and in TIME_WAIT, as far as `FullNode.fill` makes them."""
-ENTRIES: Final = 50_000
-"""Of connection tracking, in the node's own table."""
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How much there is on a node."""
+
+    pods: int
+    containers: int
+    listeners: int = 0
+    """TCP, of all containers together; each has one at least."""
+    crowds: int = 0
+    """Places with ten thousand established TCP sockets: the node itself, which has as many in TIME_WAIT, then pods."""
+    entries: int = 0
+    """Of connection tracking, in the node's own table."""
+    neighbours: int = 0
+    """Of the node, beside its pods."""
+
+    @property
+    def sockets(self) -> int:
+        """All TCP sockets but those that listen."""
+        return (self.crowds + (self.crowds > 0)) * CROWD
+
+
+CROWD: Final = 10_000
+IDLE: Final = Size(0, 0)
+FULL: Final = Size(PODS, CONTAINERS, listeners=2_000, crowds=4, entries=50_000, neighbours=1_000)
+MONSTER: Final = Size(250, 1_000, listeners=2_000, crowds=19, entries=250_000, neighbours=1_000)
 
 TIER_2: Final = ("--bounding-set=-all,+net_admin,+sys_ptrace", "--inh-caps=-all", "--no-new-privs")
 TIER_3: Final = ("--bounding-set=-all,+net_admin,+sys_ptrace,+sys_admin", "--inh-caps=-all", "--no-new-privs")
@@ -58,15 +81,15 @@ class FullNode:
 
     pid: int
     """Of its process 1, as this machine numbers it."""
-    pods_with_sockets: tuple[int, ...]
-    """Processes in the pods that `fill` puts sockets into."""
+    sandboxes: tuple[int, ...]
+    """A process of each pod, first of those that `fill` puts sockets into."""
     _cgroup: Path
     _orders: IO[str]
     _answers: IO[str]
 
-    def fill(self) -> None:
-        """Make the sockets and the entries of connection tracking."""
-        self._order("fill")
+    def fill(self, size: Size = FULL) -> None:
+        """Make the listeners, sockets, neighbours and entries of connection tracking."""
+        self._order("fill", *astuple(size)[2:])
 
     def renew_time_wait(self) -> None:
         """Make the sockets in TIME_WAIT anew, which last for a minute."""
@@ -80,8 +103,8 @@ class FullNode:
         place = ("sh", "-c", _ENTER_CGROUP, unit, "setpriv", *privileges)
         return ["sh", "-c", _ENTER_CGROUP, str(self._cgroup), *enter, *place, *command]
 
-    def _order(self, order: str) -> dict[str, list[int]]:
-        self._orders.write(order + "\n")
+    def _order(self, order: str, *numbers: int) -> dict[str, list[int]]:
+        self._orders.write(" ".join((order, *map(str, numbers))) + "\n")
         self._orders.flush()
         return _answer(self._answers)
 
@@ -109,8 +132,7 @@ def full_node(pods: int = PODS, containers: int = CONTAINERS) -> Iterator[FullNo
             try:
                 ready = _answer(answers)
                 first, processes = psutil.Process(process.pid).children()[0], _numbers_outside(top)
-                with_sockets = tuple(processes[pid] for pid in ready["with_sockets"])
-                yield FullNode(first.pid, with_sockets, top, orders, answers)
+                yield FullNode(first.pid, tuple(processes[pid] for pid in ready["sandboxes"]), top, orders, answers)
             finally:
                 process.kill()
     finally:

@@ -29,13 +29,12 @@ _LIBC: Final = ctypes.CDLL(None, use_errno=True)
 _CLONE_NEWNET: Final = 0x40000000
 _MS_BIND: Final = 4096
 
-# Who holds sockets: the node itself and some pods. 5,000 connections within loopback are 10,000 sockets.
-_PODS_WITH_SOCKETS: Final = 3
+# A crowd: 5,000 connections within loopback are 10,000 sockets.
 _CONNECTIONS: Final = 5_000
 _TIME_WAIT: Final = 10_000
 _FILES: Final = 2 * _CONNECTIONS + 100
 
-_ENTRIES: Final = 50_000
+_FIRST_PORT: Final = 8080
 _SERVICE: Final = "10.96.0.10"
 _GATEWAY_MAC: Final = "ee:ee:ee:ee:ee:ee"
 _RULES: Final = """
@@ -124,7 +123,7 @@ class Node:
             *(f"link set veth{pod.number} up" for pod in self.pods),
             *(f"route add {pod.address}/32 dev veth{pod.number}" for pod in self.pods),
         )
-        return {"with_sockets": [self._sandbox(pod) for pod in self.pods[:_PODS_WITH_SOCKETS]]}
+        return {"sandboxes": [self._sandbox(pod) for pod in self.pods]}
 
     def _sandbox(self, pod: Pod) -> int:
         return int((self._cgroups / pod.cgroup(SANDBOX) / "cgroup.procs").read_text())
@@ -172,16 +171,50 @@ class Node:
         self._enter_cgroup(pod.cgroup(number))
         if number >= 0:
             # `sleep` inherits it and never accepts, and nobody connects.
-            os.set_inheritable(socket.create_server(("", 8080 + number)).detach(), True)  # noqa: FBT003  (its API)
+            os.set_inheritable(socket.create_server(("", _FIRST_PORT + number)).detach(), True)  # noqa: FBT003  (its API)
         os.execvp("sleep", ["sleep", "infinity"])  # noqa: S606  (it is to be this process)
 
-    def fill(self) -> None:
-        """Make sockets on the node and in some pods, and entries in the node's table."""
-        self._hold("system.slice/proxy.service", "/proc/1/ns/net", _TIME_WAIT)
-        for pod in self.pods[:_PODS_WITH_SOCKETS]:
+    def fill(self, listeners: int, crowds: int, entries: int, neighbours: int) -> None:
+        """Make listeners in every pod, sockets on the node and in some, and what the node itself keeps of others."""
+        more = listeners - sum(pod.containers for pod in self.pods)
+        for pod in self.pods:
+            upto, before = (more * number // len(self.pods) for number in (pod.number + 1, pod.number))
+            self._listen(pod, upto - before)
+        if crowds:
+            self._hold("system.slice/proxy.service", "/proc/1/ns/net", _TIME_WAIT)
+        for pod in self.pods[: max(crowds - 1, 0)]:
             self._hold(pod.cgroup(0), pod.netns, 0)
         self.renew()
-        self._track()
+        # Permanent, as the kernel throws out what it has not used for a minute.
+        _ip(
+            *(
+                f"neighbour add 198.18.{number // 250}.{number % 250 + 1} lladdr {_GATEWAY_MAC} dev eth0 nud permanent"
+                for number in range(neighbours)
+            )
+        )
+        if entries:
+            self._track(entries)
+
+    def _listen(self, pod: Pod, number: int) -> None:
+        """Have the pod's first container listen on so many more ports."""
+        if number <= 0:
+            return
+        ready = os.pipe()
+
+        def listen() -> None:
+            self._enter_cgroup(pod.cgroup(0))
+            _enter_network(pod.netns)
+            servers = [socket.create_server(("", _FIRST_PORT + 100 + each)) for each in range(number)]
+            for server in servers:
+                os.set_inheritable(server.detach(), True)  # noqa: FBT003  (its API)
+            os.write(ready[1], b"x")
+            os.execvp("sleep", ["sleep", "infinity"])  # noqa: S606  (it is to be this process)
+
+        _fork(listen)
+        os.close(ready[1])
+        if not os.read(ready[0], 1):
+            raise RuntimeError("the listeners could not be made; see above")
+        os.close(ready[0])
 
     def renew(self) -> None:
         """Have those who hold sockets make theirs in TIME_WAIT anew, once the last ones have given back their ports."""
@@ -219,13 +252,13 @@ class Node:
         os.close(answers[1])
         self._holders.append((orders[1], answers[0]))
 
-    def _track(self) -> None:
+    def _track(self, entries: int) -> None:
         """Have every pod send to a service and to the world: what is translated twice, and what is masqueraded."""
         backends = ", ".join(f"{number} : {pod.address}" for number, pod in enumerate(self.pods[:4]))
         subprocess.run(["nft", "-f", "-"], input=_RULES % (_SERVICE, backends), text=True, check=True)
         # Unanswered flows are forgotten after 30 s; this setting is each namespace's own.
         Path("/proc/sys/net/netfilter/nf_conntrack_udp_timeout").write_text("3600")
-        each = -(-_ENTRIES // len(self.pods))
+        each = -(-entries // len(self.pods))
         for pod in self.pods:
             _wait(_fork(lambda pod=pod: _send(pod, each)))  # type: ignore[misc]
 
@@ -255,9 +288,10 @@ def main() -> None:
     mount, cgroup, pods, containers = sys.argv[1:]
     node = Node(mount, cgroup, int(pods), int(containers))
     _say(node.build())
-    orders = {"fill": node.fill, "renew": node.renew}
+    orders: dict[str, Callable[..., None]] = {"fill": node.fill, "renew": node.renew}
     for line in sys.stdin:
-        orders[line.strip()]()
+        order, *numbers = line.split()
+        orders[order](*map(int, numbers))
         _say({})
 
 

@@ -13,7 +13,7 @@ SANDBOX: Final = -1
 
 _NAMESPACES: Final = ("shop", "payments", "media", "kube-system", "batch")
 _APPS: Final = ("checkout", "ledger", "thumbnails", "coredns", "reports", "search", "cart")
-_CONTAINERS: Final = ("app", "sidecar", "logs")
+_CONTAINERS: Final = ("app", "sidecar", "logs", "metrics")
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,13 @@ _HEADERS: Final = {
 }
 
 
+class Place(Protocol):
+    """Calls a function where an exporter listens: in its network namespace."""
+
+    def __call__(self, function: Callable[[], _T], /) -> _T:
+        """Call it there and return what it returns."""
+
+
 @dataclass(slots=True)
 class Target:
     """One exporter that runs and is scraped, over a connection that stays open."""
@@ -45,13 +52,17 @@ class Target:
     name: str
     pid: int
     connection: http.client.HTTPConnection
-    cpu_seconds: float = 0.0
-    """CPU over all counted scrapes, and the little it does between them."""
+    began: float
+    """When it was started (time.perf_counter())."""
+    there: Place
     wire_bytes: int = 0
     text: bytes = b""
 
     def scrape(self, query: str = "") -> None:
         """Fetch /metrics once and keep the answer."""
+        if self.connection.sock is None:
+            # It closes after each answer, as prometheus_client does.
+            self.there(self.connection.connect)
         self.connection.request("GET", f"/metrics{query}", headers=_HEADERS)
         answer = self.connection.getresponse()
         body = answer.read()
@@ -73,17 +84,14 @@ class Target:
         """
         return time.clock_gettime(~self.pid << 3 | 2)
 
+    def descriptors(self) -> int:
+        """Return how many it has open."""
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
     def memory(self, field: str = "VmRSS") -> float:
         """Return the MiB that it holds (VmRSS), or the most that it ever held (VmHWM)."""
         status = Path(f"/proc/{self.pid}/status").read_text(encoding="ascii")
         return int(status.partition(f"{field}:")[2].split()[0]) / 1024
-
-
-class Place(Protocol):
-    """Calls a function where an exporter listens: in its network namespace."""
-
-    def __call__(self, function: Callable[[], _T], /) -> _T:
-        """Call it there and return what it returns."""
 
 
 def _here(function: Callable[[], _T]) -> _T:
@@ -111,6 +119,7 @@ def running(
     another PID namespace.
     """
     port = there(_free_port)
+    began = time.perf_counter()
     arguments = [*command, f"--web.listen-address={_HOST}:{port}"]
     with (
         tempfile.TemporaryFile() as log,
@@ -120,7 +129,7 @@ def running(
         try:
             with closing(_connected(process, port, there)) as connection:
                 pid = _exporter(process.pid)
-                yield Target(name, pid, connection)
+                yield Target(name, pid, connection, began, there)
         except ConnectionError:
             log.seek(0)
             sys.stderr.write(log.read().decode(errors="replace"))
@@ -145,7 +154,7 @@ def _connected(process: subprocess.Popen[bytes], port: int, there: Place) -> htt
         try:
             there(connection.connect)
         except ConnectionRefusedError:
-            time.sleep(0.1)
+            time.sleep(0.01)
         else:
             return connection
     raise ConnectionError(f"{process.args!r} does not listen")
