@@ -9,10 +9,15 @@ import socket
 import subprocess
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import pytest
+import redis
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
+from prometheus_client.parser import text_string_to_metric_families as parse_text
 
+from shoal.exposition import render
 from shoal.inventory import Owner
 from shoal.redis import server as server_module
 
@@ -20,6 +25,7 @@ if TYPE_CHECKING:
     from tests.unit.redis_aof.conftest import RealServer, StartRedis, Watch
 
 UNOWNED = ("", "", "", "")
+parse_openmetrics: Any = text_string_to_metric_families
 PASSWORD = "correct horse, battery staple"  # noqa: S105  (of a server that lives as long as a test)
 
 
@@ -81,6 +87,85 @@ async def test_numbers_are_those_of_redis_cli(start_redis: StartRedis, watch: Wa
     assert found["shoal_redis_latency_event_max_seconds"][*labels, "command"] == int(latest[row + 3]) / 1000
     assert "shoal_redis_latency_events_total" not in found
     assert {signal for signal, why in watching.collector.availability.absent.items() if why} == {"redis_aof_namespaces"}
+
+
+def held(*pids: int) -> int:
+    """Return the bytes of memory that these processes hold together, a shared page counted once (Pss)."""
+    rollups = [Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines() for pid in pids]
+    return 1024 * sum(int(line.split()[1]) for rollup in rollups for line in rollup if line.startswith("Pss:"))
+
+
+def rewrite_under_writes(server: RealServer) -> int:
+    """Have half of the data written to while a child rewrites the file; return what both hold when that is done."""
+    server.ask("BGREWRITEAOF")
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
+    until = time.monotonic() + 20
+    while not (child := children.read_text().strip()):
+        assert time.monotonic() < until
+    # So that it is still there after the writes, however slow the machine is.
+    os.kill(int(child), signal.SIGSTOP)
+    server.ask("EVAL", "for i = 0, 12499 do redis.call('SETRANGE', 'key:' .. i, 0, 'new') end", "0")
+    together = held(server.process.pid, int(child))
+    os.kill(int(child), signal.SIGCONT)
+    while server.info()["aof_rewrite_in_progress"] != "0":
+        time.sleep(0.05)
+        assert time.monotonic() < until + 40
+    assert server.info()["aof_last_bgrewrite_status"] == "ok"
+    return together
+
+
+async def test_what_a_rewrite_needs_is_foretold(start_redis: StartRedis, watch: Watch) -> None:
+    """Resident memory and the last copies are what the kernel counts for server and child in the next rewrite."""
+    server = await asyncio.to_thread(start_redis, "--rdb-key-save-delay", "1")
+    await asyncio.to_thread(server.ask, "DEBUG", "POPULATE", "25000", "key", "2000")
+    watching = await watch(f"redis://{address(server)}")
+    labels = (address(server), *UNOWNED)
+    found = await watching.scrape()
+    assert found["shoal_redis_aof_last_cow_bytes"][labels] == 0
+    await asyncio.to_thread(rewrite_under_writes, server)
+    found = await watching.scrape()
+    resident = found["shoal_redis_used_memory_rss_bytes"][labels]
+    copied = found["shoal_redis_aof_last_cow_bytes"][labels]
+    needed = await asyncio.to_thread(rewrite_under_writes, server)
+    info = await asyncio.to_thread(server.info)
+    assert needed > 1.3 * resident
+    assert resident + copied == pytest.approx(needed, rel=0.15)
+    assert copied == pytest.approx(int(info["aof_last_cow_size"]), rel=0.25)
+    found = await watching.scrape()
+    assert found["shoal_redis_aof_last_cow_bytes"][labels] == int(info["aof_last_cow_size"])
+
+
+async def test_names_that_need_care(start_redis: StartRedis, watch: Watch, tmp_path: Path) -> None:
+    """The path that was asked for comes back as it is written; what clients and files are called is nowhere."""
+    odd = 'a "quoted", \\ and 🐟 } 1\\n'
+    path = tmp_path / odd
+    # A path has 107 bytes; the rest of the name is of as many as are left.
+    path /= "two\nlines" + "x" * (107 - len(os.fsencode(path)) - 10)
+    assert len(os.fsencode(path)) == 107
+    await asyncio.to_thread(path.parent.mkdir)
+    directory = tmp_path / f"data {odd}" / ("y" * 255) / ("z" * 255)
+    await asyncio.to_thread(directory.mkdir, parents=True)
+    options = ("--unixsocket", str(path), "--dir", str(directory))
+    await asyncio.to_thread(start_redis, *options, cli=("-s", str(path)), port=0)
+
+    def connect() -> redis.Redis:
+        client = redis.Redis(unix_socket_path=str(path), single_connection_client=True)
+        client.client_setname('"}' * 2048)
+        return client
+
+    client = await asyncio.to_thread(connect)
+    watching = await watch("unix://" + quote(str(path)))
+    families = await watching.scraper.scrape(["redis_aof"], 9.5)
+    assert await asyncio.to_thread(client.client_getname) == '"}' * 2048
+    await asyncio.to_thread(client.close)
+    for openmetrics, parse in ((True, parse_openmetrics), (False, parse_text)):
+        text = (render(families, openmetrics=openmetrics) + b"# EOF\n" * openmetrics).decode()
+        samples = [sample for family in parse(text) for sample in family.samples]
+        up = [sample for sample in samples if sample.name == "shoal_redis_up"]
+        assert [(sample.labels, sample.value) for sample in up] == [({"server": str(path)}, 1)]
+        values = {value for sample in samples for name, value in sample.labels.items() if name != "server"}
+        assert not [value for value in values if odd in value or '"' in value]
+        assert len([one for one in samples if one.labels.get("server") == str(path)]) > 20
 
 
 async def test_what_a_server_does_not_have_is_absent(start_redis: StartRedis, watch: Watch) -> None:
