@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from grafana.failures import FAILURES, Failure, Level, levels
@@ -26,6 +27,8 @@ from grafana.parts import (
 from grafana.status import firing_states, status_overrides
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from grafana_foundation_sdk.builders import dashboard as dashboards
     from grafana_foundation_sdk.builders import table, timeseries
 
@@ -71,21 +74,27 @@ def node() -> dashboards.Dashboard:
         board = board.with_panel(panel.id(number))
     for failure in FAILURES:
         board = board.with_row(row(f"{failure.title} (failure {failure.number})"))
-        first, second, *evidence = _PANELS[failure.number]()
+        first, second, *evidence = _PANELS[failure.number](_unseen(failure))
         board = board.with_panel(first.id(200 + failure.number)).with_panel(second.id(300 + failure.number))
         for place, panel in enumerate(evidence):
             board = board.with_panel(panel.id(evidence_panel(failure) + 300 * place))
     return board
 
 
-def _who(*columns: Column, title: str, description: str, sort: str, empty: str = "", span: int = 12) -> table.Panel:
+def _unseen(failure: Failure) -> str:
+    """Ask which of the signals that show a failure are not available, and why."""
+    signals = "|".join(failure.signals)
+    return f'max by (signal, reason) (node:shoal_signal_available:max{{{HERE},signal=~"{signals}",reason!=""}}) == 0'
+
+
+def _who(*columns: Column, title: str, description: str, sort: str, unseen: str, empty: str = "") -> table.Panel:
     """Make the table of the workloads behind a failure, each of which leads to its own dashboard."""
     return rows(
         title,
         description,
         columns,
         sort=sort,
-        span=span,
+        unseen=unseen,
         links=dict.fromkeys(WHO, _WORKLOAD),
         empty=empty or "No workload has such a signal on this node.",
     )
@@ -158,7 +167,8 @@ def _overview() -> Panels:
     ]
 
 
-def _run_queue() -> Panels:
+def _run_queue(unseen: str) -> Panels:
+    share = "workload:shoal_run_queue_delay_per_runnable_time:ratio"
     return [
         chart(
             "CPU in use",
@@ -176,12 +186,10 @@ def _run_queue() -> Panels:
             "Waiting for a CPU, of runnable time",
             "Share of its runnable time in which others had the CPU, of workloads that no quota of their own stops. "
             "Normal: below 20 %. At 80 % what takes 1 ms of CPU takes 5 ms.",
-            [_line("workload:shoal_run_queue_delay_per_runnable_time:ratio")],
+            [_line(share)],
             unit="percentunit",
             colour=SATURATION,
-            levels=levels(
-                "workload:shoal_run_queue_delay_per_runnable_time:ratio", "ShoalRunQueueDelay", "ShoalCPUStarvation"
-            ),
+            levels=levels(share, "ShoalRunQueueDelay", "ShoalCPUStarvation"),
             links=_LINE,
         ),
         _who(
@@ -192,6 +200,12 @@ def _run_queue() -> Panels:
                 decimals=2,
             ),
             Column(
+                "of its time",
+                _of(share),
+                "percentunit",
+                levels(share, "ShoalRunQueueDelay", "ShoalCPUStarvation"),
+            ),
+            Column(
                 "stopped by its quota",
                 _of("workload:shoal_cpu_throttled_periods_per_period:ratio"),
                 "percentunit",
@@ -199,15 +213,16 @@ def _run_queue() -> Panels:
             ),
             Column("of the node's CPU", _of("workload:shoal_cpu_usage_per_node_usage:ratio"), "percentunit"),
             title="Who waits, and whose doing it is",
-            description="Threads that wait for a CPU, on average. Stopped by its own quota: its owner's limit is too "
-            "small. Not stopped, and a small part of the node's CPU: a neighbour holds it, the one with "
-            "the largest part. Normal: waits below 0.2.",
+            description="Threads that wait for a CPU, on average, and the part of the time in which it could have run. "
+            "Stopped by its own quota: its owner's limit is too small. Not stopped, and a small part of the node's "
+            "CPU: a neighbour holds it, the one with the largest part. Normal: waits below 0.2.",
             sort="waits",
+            unseen=unseen,
         ),
     ]
 
 
-def _memory_high() -> Panels:
+def _memory_high(unseen: str) -> Panels:
     return [
         chart(
             "Memory in use, of the limit",
@@ -251,11 +266,22 @@ def _memory_high() -> Panels:
             description="Times that the kernel throttled the workload at memory.high, and the setting. Events without"
             " waiting are harmless: a workload that only fills page cache. Normal: none.",
             sort="throttled, 5 min",
+            unseen=unseen,
         ),
     ]
 
 
-def _oom() -> Panels:
+def _oom(unseen: str) -> Panels:
+    kills = "workload:shoal_memory_oom_kills:increase15m"
+    full = "workload:shoal_memory_unreclaimable_per_ceiling:ratio"
+    bites = own("shoal_memory_effective_limit_bytes", HERE)
+    # A kill is counted for a pod, limits are a container's: each container of the pod gets it, or the pod has a row.
+    of_pod, of_others = _of(kills, ("namespace", "pod"), ',pod!=""'), _of(kills, more=',pod=""')
+    killed = (
+        f"({bites}) * 0 + on (namespace, pod) group_left () {of_pod}\n"
+        f"or\n{of_pod} unless on (namespace, pod) ({bites})\n"
+        f"or\n{of_others}"
+    )
     return [
         chart(
             "Memory that cannot be reclaimed, of the limit",
@@ -282,9 +308,9 @@ def _oom() -> Panels:
         _who(
             Column(
                 "not reclaimable",
-                _of("workload:shoal_memory_unreclaimable_per_ceiling:ratio"),
+                f"sort_desc({_of(full)})",
                 "percentunit",
-                levels("workload:shoal_memory_unreclaimable_per_ceiling:ratio", "ShoalMemoryUnreclaimableNearLimit"),
+                levels(full, "ShoalMemoryUnreclaimableNearLimit"),
             ),
             Column(
                 "limit, of its own",
@@ -292,16 +318,19 @@ def _oom() -> Panels:
                 "percentunit",
                 levels("workload:shoal_memory_effective_limit_per_max:ratio", "ShoalMemoryAncestorLimit"),
             ),
-            Column("limit that bites", own("shoal_memory_effective_limit_bytes", HERE), "bytes"),
-            title="Who is close to which limit",
-            description="Below 100 % of its own, an ancestor's limit bites first: the pod's or the slice's. The open "
-            "question of a kill at half the limit is answered here. Normal: 100 %.",
-            sort="not reclaimable",
+            Column("limit that bites", bites, "bytes"),
+            Column("killed, 15 min", killed, levels=levels(kills, "ShoalOOMKill"), decimals=0),
+            title="Who was killed, and who is close to which limit",
+            description="Processes killed in the pod or unit. Below 100 % of its own, an ancestor's limit bites first: "
+            "the pod's or the slice's. The open question of a kill at half the limit is answered here. Normal: nobody, "
+            "and 100 %.",
+            sort="killed, 15 min",
+            unseen=unseen,
         ),
     ]
 
 
-def _code_eviction() -> Panels:
+def _code_eviction(unseen: str) -> Panels:
     return [
         chart(
             "Memory in use, of the limit",
@@ -345,11 +374,12 @@ def _code_eviction() -> Panels:
             description="Pages evicted and read again soon after. Refaults alone are a scan of a large file, major "
             "faults alone a cold start; both at the limit are this failure. Normal: neither.",
             sort="major faults/s",
+            unseen=unseen,
         ),
     ]
 
 
-def _waiting() -> Panels:
+def _waiting(unseen: str) -> Panels:
     return [
         chart(
             "Time in which nothing on the node could run",
@@ -393,12 +423,15 @@ def _waiting() -> Panels:
             "10 ms on a spinning disk and under 1 ms on flash. Locks, timers and peers are in no kernel "
             "counter and so not here.",
             sort="wait for I/O",
+            unseen=unseen,
         ),
     ]
 
 
-def _inodes() -> Panels:
+def _inodes(unseen: str) -> Panels:
     free = "filesystem:shoal_filesystem_inodes_free_per_inodes:ratio"
+    layer = "layer:shoal_writable_layer_inodes_per_inodes_used:ratio"
+    low = levels(free, "ShoalInodesRunningOut")[0]
     return [
         chart(
             "Inodes that are free",
@@ -424,25 +457,28 @@ def _inodes() -> Panels:
             colour=SATURATION,
         ),
         _who(
-            Column("files", own("shoal_writable_layer_inodes", HERE, (*WHO, "mountpoint")), decimals=0),
             Column(
-                "of those in use",
-                _of("layer:shoal_writable_layer_inodes_per_inodes_used:ratio", (*WHO, "mountpoint")),
+                "of the inodes",
+                f"{_of(layer, (*WHO, 'mountpoint'))}\nor\n1 - ({_of(free, ('mountpoint',))} < {low.value:g})",
                 "percentunit",
-                levels("layer:shoal_writable_layer_inodes_per_inodes_used:ratio", "ShoalInodesHeldByLayer"),
+                levels(layer, "ShoalInodesHeldByLayer"),
             ),
-            title="Who holds them in a writable layer",
-            description="Files in each container's writable layer, and their part of all inodes in use on that file "
-            "system. Volumes are not in it. Normal: a few thousand.",
-            sort="files",
-            empty="No writable layer has been counted on this node.",
+            Column("files", own("shoal_writable_layer_inodes", HERE, (*WHO, "mountpoint")), decimals=0),
+            title="Which file system, and whose files",
+            description=f"A file system with less than {low.value:.0%} of its inodes left: the part in use. A "
+            "container's writable layer: its part of what is in use there; they are counted now and then, so a new one "
+            "comes later. Volumes are not in it. Normal: no file system, and a few thousand files each.",
+            sort="of the inodes",
+            unseen=unseen,
+            empty="No file system is short of inodes, and no writable layer has been counted on this node.",
         ),
     ]
 
 
-def _redis() -> Panels:
+def _redis(unseen: str) -> Panels:
     name = "{{server}} {{namespace}} {{pod}}"
     by = ("server", *WHO)
+    logged = "server:shoal_redis_latency_event_last_seconds:changes5m"
     return [
         chart(
             "Time its disk spends on slow flushes",
@@ -468,7 +504,13 @@ def _redis() -> Panels:
         _who(
             Column("slow PINGs", _of("server:shoal_redis_ping_slow_per_ping:ratio5m", by), "percentunit"),
             Column(
-                "held up by a flush, 5 min",
+                "AOF stalls",
+                _of(logged, by),
+                levels=levels(logged, "ShoalRedisAofStall"),
+                decimals=0,
+            ),
+            Column(
+                "late flushes",
                 _of("server:shoal_redis_aof_delayed_fsync:increase5m", by),
                 levels=levels("server:shoal_redis_aof_delayed_fsync:increase5m", "ShoalRedisAofDelayedFsync"),
                 decimals=0,
@@ -481,24 +523,31 @@ def _redis() -> Panels:
             ),
             Column("waited for I/O", _of("server:shoal_pressure_some_seconds:rate5m", by), "percentunit"),
             Column(
-                "memory of a rewrite",
+                "rewrite memory",
                 _of("server:shoal_redis_rewrite_memory_per_effective_limit:ratio", by),
                 "percentunit",
                 levels("server:shoal_redis_rewrite_memory_per_effective_limit:ratio", "ShoalRedisRewriteMemoryRisk"),
             ),
             title="Which server, and what holds it up",
-            description="Writes held up by a flush of over 2 s, the last fork (in which nobody is answered), the time"
-            " that its workload waited for I/O, and what a rewrite needs of its memory limit. Normal: 0, "
-            "under 200 ms, under 2 %, under 95 %.",
+            description="Of the last five minutes: stalls that it logged and put down to its append-only file, writes "
+            "held up by a flush of over 2 s, and the time that its workload waited for I/O. The last fork, in which "
+            "nobody is answered, and what a rewrite needs of its memory limit. Normal: 0, 0, under 2 %, under 200 ms, "
+            "under 95 %.",
             sort="slow PINGs",
+            unseen=unseen,
             empty="No server is watched (--redis.target, --redis.discover).",
         ),
     ]
 
 
-def _listen_queue() -> Panels:
+def _listen_queue(unseen: str) -> Panels:
     by = ("address", "port", *WHO)
     fill = "listener:shoal_listener_accept_queue_length_per_limit:ratio"
+    # Of short queues too, which the recorded series leaves out. What a listener drops is no proof: it also drops what
+    # it has no route back to.
+    most = own(
+        "max_over_time(shoal_listener_accept_queue_length{}[5m]) / shoal_listener_accept_queue_limit{}", HERE, by
+    )
     return [
         chart(
             "Accept queues in use",
@@ -515,10 +564,13 @@ def _listen_queue() -> Panels:
             "ListenOverflows of each network namespace. The client saw its connection accepted or timing out, the "
             "application saw nothing. Normal: 0.",
             [
-                _line("netns:shoal_listen_queue_overflows:increase5m", "{{netns}} {{unit}}{{namespace}} {{pod}}"),
+                _line(
+                    "netns:shoal_listen_queue_overflows:increase5m",
+                    "{{netns}} {{unit}}{{namespace}} {{pod}} {{container}}",
+                ),
                 Line(
                     top(f"netns:shoal_listen_queue_request_drops:increase5m{{{HERE}}}"),
-                    "SYNs lost: {{netns}} {{namespace}} {{pod}}",
+                    "SYNs lost: {{netns}} {{namespace}} {{pod}} {{container}}",
                 ),
             ],
             unit="short",
@@ -527,7 +579,7 @@ def _listen_queue() -> Panels:
             links=_LINE,
         ),
         _who(
-            Column("in use", _of(fill, by), "percentunit", levels(fill, "ShoalListenQueueNearlyFull")),
+            Column("most in use, 5 min", most, "percentunit", levels(fill, "ShoalListenQueueNearlyFull")),
             Column(
                 "dropped, 5 min",
                 _of("listener:shoal_listener_drops:increase5m", by),
@@ -537,9 +589,10 @@ def _listen_queue() -> Panels:
             Column("limit", own("shoal_listener_accept_queue_limit", HERE, by), decimals=0),
             title="Which listener drops",
             description="Listeners with their queue's use, their own drops and the queue's limit: the smaller of the "
-            "application's backlog and somaxconn. A limit of 128 is a default that nobody chose. Normal: "
-            "no drops.",
-            sort="dropped, 5 min",
+            "application's backlog and somaxconn. A limit of 128 is a default that nobody chose. Drops of a queue that "
+            "is not full have another reason, such as no route back. Normal: no drops.",
+            sort="most in use, 5 min",
+            unseen=unseen,
             empty="No listener is known: those inside pods need --netns.enter.",
         ),
     ]
@@ -550,7 +603,7 @@ def _some(severity: str) -> tuple[Level, ...]:
     return (Level(severity, 1e-9),)
 
 
-def _conntrack() -> Panels:
+def _conntrack(unseen: str) -> Panels:
     fill = "netns:shoal_conntrack_entries_per_limit:ratio"
     owner, target = (
         "owner:shoal_conntrack_owner_entries_per_limit:ratio",
@@ -560,7 +613,7 @@ def _conntrack() -> Panels:
         chart(
             "Connection tracking tables in use",
             "Entries of each network namespace's table, of the node's one limit. Normal: below 75 %, or level.",
-            [_line(fill, "{{netns}} {{unit}}{{namespace}} {{pod}}")],
+            [_line(fill, "{{netns}} {{unit}}{{namespace}} {{pod}} {{container}}")],
             unit="percentunit",
             colour=UTILISATION,
             levels=levels(fill, "ShoalConntrackNearlyFull"),
@@ -582,15 +635,18 @@ def _conntrack() -> Panels:
         _who(
             Column(
                 "of the limit",
-                _of(owner, ("direction", *_NETNS)),
+                f"{_of(owner, ('direction', *_NETNS))}\nor\n"
+                f'label_replace({_of(fill, _NETNS)}, "direction", "own table", "", "")',
                 "percentunit",
                 levels(owner, "ShoalConntrackTopOwner"),
             ),
-            title="Who fills the table",
-            description="Entries of the host's table by the workload that opened them (from) or answers them (to), of"
-            " the limit. Normal: nobody has much more than its part.",
+            title="Whose table is full, and who fills the host's",
+            description="Own table: that of a network namespace. Entries of the host's by the workload that opened "
+            "them (from) or answers them (to). All of the one limit, which each table has for itself. Normal: nobody "
+            "has much more than its part.",
             sort="of the limit",
-            empty="Nothing is tracked in the host's table, or there is no dump of it (CAP_NET_ADMIN).",
+            unseen=unseen,
+            empty="Nothing is tracked, or it cannot be read.",
         ),
         rows(
             "Where they lead to",
@@ -612,7 +668,7 @@ def _conntrack() -> Panels:
     ]
 
 
-def _dead_backend() -> Panels:
+def _dead_backend(unseen: str) -> Panels:
     stale = "backend:shoal_conntrack_stale_entries:max"
     by = ("protocol", "destination", "destination_port", "backend", "reason")
     return [
@@ -647,14 +703,15 @@ def _dead_backend() -> Panels:
             "Which backend",
             "The backend to which connections still go. backend_gone: no NAT rule leads there. unreplied: the rules "
             "are not known in full. backend_silent: a rule leads there and it does not answer. Normal: none.",
-            [Column("connections", _of(stale, by), decimals=0)],
+            [Column("connections", _of(stale, by), levels=levels(stale, "ShoalConntrackBackendBlackhole"), decimals=0)],
             sort="connections",
+            unseen=unseen,
             empty="No connection is sent to a backend in vain, or there is no dump of the table (CAP_NET_ADMIN).",
         ),
     ]
 
 
-def _ports(*, time_wait: bool) -> Panels:
+def _ports(unseen: str, *, time_wait: bool) -> Panels:
     used, waiting = (
         "tuple:shoal_ephemeral_ports_used_per_available:ratio",
         "tuple:shoal_ephemeral_ports_time_wait_per_used:ratio",
@@ -674,7 +731,12 @@ def _ports(*, time_wait: bool) -> Panels:
             "Connections closed without TIME_WAIT, 5 min",
             "tcp_max_tw_buckets was reached, so their ports are free at once. Normal: 0. With ports running out and "
             "none of these, the limit is the port range and not the buckets.",
-            [_line("netns:shoal_tcp_time_wait_overflows:increase5m", "{{netns}} {{unit}}{{namespace}} {{pod}}")],
+            [
+                _line(
+                    "netns:shoal_tcp_time_wait_overflows:increase5m",
+                    "{{netns}} {{unit}}{{namespace}} {{pod}} {{container}}",
+                )
+            ],
             unit="short",
             colour=SATURATION,
             levels=levels("netns:shoal_tcp_time_wait_overflows:increase5m", "ShoalTimeWaitOverflow"),
@@ -720,12 +782,13 @@ def _ports(*, time_wait: bool) -> Panels:
             )
             + "Normal: far from 80 %.",
             sort="in use",
+            unseen=unseen,
             empty="No namespace has enough sockets to matter; those inside pods need --netns.enter.",
         ),
     ]
 
 
-def _reverse_path() -> Panels:
+def _reverse_path(unseen: str) -> Panels:
     drops = "netns:shoal_reverse_path_drops:increase5m"
     return [
         chart(
@@ -742,32 +805,38 @@ def _reverse_path() -> Panels:
         chart(
             "Packets dropped by the filter, 5 min",
             "IPReversePathFilter of each network namespace. Normal: a handful; that is the noise of the internet.",
-            [_line(drops, "{{netns}} {{unit}}{{namespace}} {{pod}}")],
+            [_line(drops, "{{netns}} {{unit}}{{namespace}} {{pod}} {{container}}")],
             unit="short",
             colour=SATURATION,
             levels=levels(drops, "ShoalReversePathDrops"),
             links=_LINE,
         ),
-        rows(
-            "Which device, and how many peers",
-            "Peers whose route back leaves by another device than the strict one that they talk to, and those of them"
-            " that do not answer. Mode 1 is strict, 2 is loose. Normal: no such peers.",
-            [
-                Column("peers", _of("device:shoal_reverse_path_asymmetric_peers:max", ("device",)), decimals=0),
-                Column(
-                    "do not answer",
-                    _of("device:shoal_reverse_path_unanswered_peers:max5m", ("device",)),
-                    levels=_some("critical"),
-                    decimals=0,
-                ),
-                Column("mode", f"max by (device) (shoal_reverse_path_filter_mode{{{HERE}}})", decimals=0),
-            ],
-            sort="peers",
+        _who(
+            Column(
+                "dropped, 5 min",
+                f"{_of(drops, _NETNS)} > 0",
+                levels=levels(drops, "ShoalReversePathDrops"),
+                decimals=0,
+            ),
+            Column("peers", _of("device:shoal_reverse_path_asymmetric_peers:max", ("device",)), decimals=0),
+            Column(
+                "do not answer",
+                _of("device:shoal_reverse_path_unanswered_peers:max5m", ("device",)),
+                levels=_some("critical"),
+                decimals=0,
+            ),
+            Column("mode", f"max by (device) (shoal_reverse_path_filter_mode{{{HERE}}})", decimals=0),
+            title="Where they are dropped, by which device, and how many peers",
+            description="Network namespaces that drop, and the host's devices: peers whose route back leaves by "
+            "another device than the strict one that they talk to, and those of them that do not answer. Mode 1 is "
+            "strict, 2 is loose. Normal: no such peers.",
+            sort="dropped, 5 min",
+            unseen=unseen,
         ),
     ]
 
 
-def _neighbours() -> Panels:
+def _neighbours(unseen: str) -> Panels:
     by = ("device", "address")
     return [
         chart(
@@ -809,11 +878,12 @@ def _neighbours() -> Panels:
                 Column("confirmed", f"max by (device, address) (shoal_neighbour_confirmation_seconds{{{HERE}}})", "s"),
             ],
             sort="wrong answers",
+            unseen=unseen,
         ),
     ]
 
 
-_PANELS: Final = {
+_PANELS: Final[dict[int, Callable[[str], Panels]]] = {
     10: _run_queue,
     6: _memory_high,
     5: _oom,
@@ -824,8 +894,8 @@ _PANELS: Final = {
     2: _listen_queue,
     9: _conntrack,
     12: _dead_backend,
-    13: lambda: _ports(time_wait=False),
-    14: lambda: _ports(time_wait=True),
+    13: partial(_ports, time_wait=False),
+    14: partial(_ports, time_wait=True),
     3: _reverse_path,
     11: _neighbours,
 }

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from typing import TYPE_CHECKING, Final
 
 import pytest
-from grafana.failures import FAILURES, Failure
-from grafana.reader import ALL, Answer, Dashboard
+from grafana.failures import FAILURES
+from grafana.node import evidence_panel
+from tests.grafana.clicks import follow, links_of, opened, panel, shown, titled
 from tests.grafana.sick import (
     ALONE,
     BUSY,
     CHECKOUT,
+    GONE,
     LONG,
     MINUTES,
     OLD,
-    QUEUE,
     REPORTS,
     SECOND,
+    SICK,
     UNIT,
     UNSEEN,
+    UNSEEN_TOO,
     many,
     node_of,
 )
@@ -30,143 +32,13 @@ from tests.grafana.test_dashboards import BOARDS, links
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from grafana.reader import Prometheus, Table
+    from grafana.reader import Dashboard, Prometheus
 
 pytestmark = pytest.mark.timeout(
     600
 )  # filling Prometheus takes half a minute alone, and minutes on a machine that is busy
 
 _SECONDS: Final = MINUTES * 60
-_DATA: Final = re.compile(r"\$\{__data\.fields\.(\w+)(?::percentencode)?\}")
-_VARIABLE: Final = re.compile(r"\$\{(\w+):(percentencode|queryparam)\}")
-# What the evidence of each failure has to name: a column and what stands there.
-CULPRITS: Final = {
-    1: ("pod", QUEUE["pod"]),
-    2: ("pod", CHECKOUT["pod"]),
-    3: ("device", "eth1"),
-    4: ("pod", CHECKOUT["pod"]),
-    5: ("pod", CHECKOUT["pod"]),
-    6: ("pod", CHECKOUT["pod"]),
-    7: ("pod", CHECKOUT["pod"]),
-    8: ("pod", CHECKOUT["pod"]),
-    9: ("pod", CHECKOUT["pod"]),
-    10: ("pod", CHECKOUT["pod"]),
-    11: ("address", "10.0.0.1"),
-    12: ("backend", "10.1.2.9:53"),
-    13: ("destination", "10.0.8.30"),
-    14: ("destination", "10.0.8.30"),
-}
-
-
-def opened(name: str, **chosen: str) -> Dashboard:
-    """Open a dashboard with these choices."""
-    return Dashboard(BOARDS[name].content, chosen)
-
-
-def panel(board: Dashboard, number: int) -> dict[str, Any]:
-    """Return a panel by its id."""
-    return next(one for one in board.panels() if one["id"] == number)
-
-
-def shown(board: Dashboard, which: dict[str, Any], server: Prometheus) -> Table:
-    """Return what a table shows."""
-    return board.table(which, board.ask(which, server, END, _SECONDS))
-
-
-def tells(answer: Answer) -> bool:
-    """Tell whether a query has something to show, and not only -1 for the rows that others have."""
-    return any(value != -1 for series in answer.series for _, value in series.points)
-
-
-def titled(board: Dashboard, title: str) -> dict[str, Any]:
-    """Return a panel by its title."""
-    return next(one for one in board.panels() if one["title"] == title)
-
-
-def follow(board: Dashboard, address: str, row: dict[str, str]) -> tuple[Dashboard, int]:
-    """Click on a link in a row: return the dashboard as it opens, and the panel that it shows alone (0: all)."""
-    values = board.chosen
-    address = _DATA.sub(lambda match: quote(str(row.get(match[1], "")), safe=""), address)
-    address = _VARIABLE.sub(
-        lambda match: (
-            quote(values.get(match[1], ALL), safe="")
-            if match[2] == "percentencode"
-            else f"var-{match[1]}={quote(values.get(match[1], ''), safe='')}"
-        ),
-        address,
-    ).replace("${__url_time_range}", "from=now-1h&to=now")
-    assert "$" not in unquote(address).replace(ALL, "")
-    parts = urlsplit(address)
-    # What a row does not have is empty in the address, and Grafana (11 and newer) keeps it so until a person chooses.
-    query = {key: value[0] for key, value in parse_qs(parts.query, keep_blank_values=True).items()}
-    chosen = {key.removeprefix("var-"): value for key, value in query.items() if key.startswith("var-")}
-    return opened(parts.path.split("/")[2], **chosen), int(query.get("viewPanel", 0))
-
-
-@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: f"{failure.number}-{failure.column}")
-def test_every_panel_shows_its_failure(stored: Prometheus, failure: Failure) -> None:
-    """While a failure is on, every query of its row on Node has something to show."""
-    board = opened("shoal-node", cluster="east", node=node_of(failure.number))
-    panels = [one for one in board.panels() if one["id"] > 99 and one["id"] % 100 == failure.number]
-    assert len(panels) >= 3
-    for one in panels:
-        for answer in board.ask(one, stored, END, _SECONDS):
-            assert tells(answer), (one["title"], answer.target["expr"])
-            # Nobody is led to the exporter, whose own pod Prometheus puts on whatever has none.
-            assert not any(series.labels.get("pod", "").startswith("shoal-") for series in answer.series), one["title"]
-
-
-@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: f"{failure.number}-{failure.column}")
-def test_three_clicks_to_the_culprit(stored: Prometheus, failure: Failure) -> None:
-    """From the cell on Fleet to the table that names the culprit, and from there, where it is a workload, to that."""
-    fleet = opened("shoal-fleet")
-    grid = titled(fleet, "Fourteen failures by node, worst first")
-    row = next(
-        row
-        for row in shown(fleet, grid, stored).rows
-        if (row.get("cluster"), row["node"]) == ("east", node_of(failure.number))
-    )
-    assert row[failure.column] >= 2
-    (address,) = _links_of(grid, failure.column)
-    node, number = follow(fleet, address, row)
-    evidence = panel(node, number)
-    column, culprit = CULPRITS[failure.number]
-    named = [row for row in shown(node, evidence, stored).rows if row.get(column) == culprit]
-    assert named, shown(node, evidence, stored).rows
-    if column != "pod":
-        return
-    (address,) = _links_of(evidence, "pod")
-    workload, _ = follow(node, address, named[0])
-    assert any(
-        series.points
-        for one in workload.panels()
-        for answer in workload.ask(one, stored, END, _SECONDS)
-        for series in answer.series
-    )
-    firing = shown(workload, titled(workload, "What fires for it"), stored).rows
-    assert {row["alertname"] for row in firing} & set(failure.alerts)
-
-
-def _links_of(which: dict[str, Any], column: str) -> list[str]:
-    return [
-        link["url"]
-        for override in which["fieldConfig"]["overrides"]
-        if override["matcher"] == {"id": "byName", "options": column}
-        for one in override["properties"]
-        if one["id"] == "links"
-        for link in one["value"]
-    ]
-
-
-@pytest.mark.parametrize("name", ["shoal-fleet", "shoal-workload"])
-def test_every_query_returns_something(stored: Prometheus, name: str) -> None:
-    """No query of Fleet or Workload is empty for all of a fleet in which everything is wrong."""
-    board = opened(name, show=">= 0")
-    for one in board.panels():
-        for answer in board.ask(one, stored, END, _SECONDS):
-            if one["title"] == "Collectors that fail, and the slowest" and answer.target["refId"] == "A":
-                continue  # none fails here
-            assert tells(answer), (one["title"], answer.target["expr"])
 
 
 def test_node_shows_what_fires_and_what_is_unseen(stored: Prometheus) -> None:
@@ -192,9 +64,10 @@ def test_the_grid_is_worst_first_and_honest(stored: Prometheus) -> None:
     assert scores == sorted(scores, reverse=True)
     assert scores[0] >= 10_000
     assert ("west", SECOND) not in {(row.get("cluster"), row["node"]) for row in firing.rows}
-    unseen = next(row for row in firing.rows if row["node"] == UNSEEN)
-    assert unseen["exporter"] == 2
-    assert {unseen[failure.column] for failure in FAILURES} == {-1}
+    for node in (UNSEEN, UNSEEN_TOO, GONE):
+        unseen = next(row for row in firing.rows if row["node"] == node)
+        assert unseen["exporter"] == 2
+        assert {unseen[failure.column] for failure in FAILURES} == {-1}
     everyone = opened("shoal-fleet", show=">= 0")
     old = next(row for row in shown(everyone, grid, stored).rows if row["node"] == OLD)
     seen = {failure.column for failure in FAILURES if "memory_workloads" not in failure.signals}
@@ -202,6 +75,33 @@ def test_the_grid_is_worst_first_and_honest(stored: Prometheus) -> None:
         failure.column: 0 if failure.column in seen else -1 for failure in FAILURES
     }
     assert len(seen) == 11
+
+
+def test_a_node_that_is_gone(stored: Prometheus) -> None:
+    """What it was while it was there is still to be seen, as long as the time goes back; of now nothing is said."""
+    node = opened("shoal-node", cluster="east", node=GONE)
+    assert not shown(node, panel(node, 3), stored).rows
+    assert panel(node, 3)["fieldConfig"]["defaults"]["noValue"] == "No exporter answers on this node."
+    lines = [series for answer in node.ask(panel(node, 210), stored, END, _SECONDS) for series in answer.series]
+    assert lines
+    assert all(series.points[-1][0] < END - 10 * 60 for series in lines)
+    fleet = opened("shoal-fleet")
+    missing = next(
+        one for one in fleet.panels() if (one["title"], one["type"]) == ("Nodes without an exporter", "table")
+    )
+    assert {row["node"] for row in shown(fleet, missing, stored).rows} == {GONE, UNSEEN, UNSEEN_TOO}
+
+
+def test_the_table_says_why_a_signal_is_missing(stored: Prometheus) -> None:
+    """Where a click lands there is a row for each signal that this node does not give, with the exporter's reason."""
+    old = opened("shoal-node", cluster="west", node=OLD)
+    for failure in FAILURES:
+        evidence = panel(old, evidence_panel(failure))
+        said = {(row.get("signal"), row.get("reason")) for row in shown(old, evidence, stored).rows if "signal" in row}
+        assert said == {(signal, "cgroup_v1") for signal in failure.signals if signal == "memory_workloads"}
+    # It stands beside what the other signals of the same failure say, and is no value.
+    kills = panel(old, evidence_panel(next(failure for failure in FAILURES if failure.number == 5)))
+    assert all(row["not reclaimable"] == -1 for row in shown(old, kills, stored).rows)
 
 
 def test_a_machine_that_is_busy_and_well(stored: Prometheus) -> None:
@@ -253,12 +153,12 @@ def test_outside_kubernetes_and_without_a_cluster(stored: Prometheus) -> None:
     grid = titled(fleet, "Fourteen failures by node, worst first")
     row = next(row for row in shown(fleet, grid, stored).rows if row["node"] == ALONE)
     assert row["memory.high"] == 3
-    node, number = follow(fleet, _links_of(grid, "memory.high")[0], row)
+    node, number = follow(fleet, links_of(grid, "memory.high")[0], row)
     assert node.chosen["cluster"] == ""
     evidence = shown(node, panel(node, number), stored)
     assert not {"namespace", "pod", "container"} & set(evidence.columns)
     assert evidence.rows[0]["unit"] == UNIT["unit"]
-    workload, _ = follow(node, _links_of(panel(node, number), "unit")[0], evidence.rows[0])
+    workload, _ = follow(node, links_of(panel(node, number), "unit")[0], evidence.rows[0])
     assert shown(workload, titled(workload, "What fires for it"), stored).rows
     memory = titled(workload, "What its memory is made of, and its limits")
     assert all(answer.series for answer in workload.ask(memory, stored, END, _SECONDS))
@@ -268,7 +168,7 @@ def test_a_link_with_empty_names_shows_all_that_is_known(stored: Prometheus) -> 
     """A unit has no pod, and a pod's network namespace no container: neither may hide what the others say of it."""
     node = opened("shoal-node", cluster="east", node=node_of(6))
     row = next(row for row in shown(node, panel(node, 106), stored).rows if row.get("unit") == UNIT["unit"])
-    unit, _ = follow(node, _links_of(panel(node, 106), "unit")[0], row)
+    unit, _ = follow(node, links_of(panel(node, 106), "unit")[0], row)
     assert (unit.chosen["pod"], unit.chosen["unit"]) == ("", UNIT["unit"])
     # As exported a unit's series carry the exporter's pod, so an empty choice must not mean an empty label.
     memory = titled(unit, "What its memory is made of, and its limits")
@@ -277,7 +177,7 @@ def test_a_link_with_empty_names_shows_all_that_is_known(stored: Prometheus) -> 
     row = next(
         row for row in shown(node, panel(node, 1), stored).rows if row["alertname"] == "ShoalListenQueueOverflow"
     )
-    pod, _ = follow(node, _links_of(panel(node, 1), "pod")[0], row)
+    pod, _ = follow(node, links_of(panel(node, 1), "pod")[0], row)
     assert (pod.chosen["pod"], pod.chosen["container"]) == (CHECKOUT["pod"], "")
     for title in ("CPU in use", "Its listeners", "Connections refused by a full queue, 5 min"):
         assert all(answer.series for answer in pod.ask(titled(pod, title), stored, END, _SECONDS)), title
@@ -288,10 +188,34 @@ def test_the_longest_pod_name(stored: Prometheus) -> None:
     node = opened("shoal-node", cluster="east", node=node_of(10))
     evidence = panel(node, 110)
     row = next(row for row in shown(node, evidence, stored).rows if row.get("pod") == LONG)
-    workload, _ = follow(node, _links_of(evidence, "pod")[0], row)
+    workload, _ = follow(node, links_of(evidence, "pod")[0], row)
     assert (workload.chosen["pod"], workload.chosen["container"]) == (LONG, REPORTS["container"])
     usage = titled(workload, "CPU in use")
     assert len(workload.ask(usage, stored, END, _SECONDS)[0].series) == 1
+
+
+def test_exporter_and_kube_state_metrics_are_nobody(stored: Prometheus) -> None:
+    """Prometheus puts the exporter's pod on what has none, and kube-state-metrics has our labels: neither is shown."""
+    for number in SICK:
+        board = opened("shoal-node", cluster="east", node=node_of(number))
+        for one in board.panels():
+            for answer in board.ask(one, stored, END, _SECONDS):
+                said = [value for series in answer.series for value in series.labels.values()]
+                assert not [value for value in said if re.match(r"shoal-\d|exporter$|kube-state|core$", value)], one[
+                    "title"
+                ]
+
+
+def test_the_pod_that_holds_the_inodes(stored: Prometheus) -> None:
+    """A file system that runs out, then whose files they are; the lab cures it before these have been counted."""
+    node = opened("shoal-node", cluster="east", node=node_of(4))
+    evidence = panel(node, 104)
+    first, second, *_ = shown(node, evidence, stored).rows
+    assert (first["mountpoint"], first.get("pod"), first["files"]) == ("/var/lib/containerd", None, -1)
+    assert second["pod"] == CHECKOUT["pod"]
+    assert second["files"] > 100_000
+    workload, _ = follow(node, links_of(evidence, "pod")[0], second)
+    assert workload.chosen["pod"] == CHECKOUT["pod"]
 
 
 @pytest.mark.parametrize("name", BOARDS)
@@ -332,11 +256,13 @@ def test_the_lists_offer_what_is_there(stored: Prometheus) -> None:
 
     node = opened("shoal-node", cluster="east")
     assert choices(node, "cluster") == ["east", "west"]
-    assert {UNSEEN, node_of(1), node_of(14)} <= set(choices(node, "node"))
+    assert {UNSEEN, UNSEEN_TOO, node_of(1), node_of(14)} <= set(choices(node, "node"))
     workload = opened("shoal-workload", cluster="east", node=node_of(10))
     assert choices(workload, "namespace") == ["shop"]
     assert set(choices(workload, "pod")) == {CHECKOUT["pod"], LONG, "mailer-5d6b-4kk2p"}
     assert choices(workload, "unit") == [UNIT["unit"]]
+    # kube-state-metrics has a label `unit` too, of quantities.
+    assert choices(opened("shoal-workload", cluster="east", node=node_of(2)), "unit") == [UNIT["unit"]]
 
 
 @pytest.mark.parametrize("name", BOARDS)
