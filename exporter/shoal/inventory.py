@@ -148,17 +148,26 @@ class Inventory:
         is looked up, and the rest is only what the path itself tells.
         """
         parts = path.strip("/").split("/")
-        for part in reversed(parts):
+        outermost: Owner | None = None
+        for part in parts:
             match = _CONTAINER.search(part)
-            if match and match[1] in self._by_container:
-                return self._by_container[match[1]]
-        return _owner_from_parts(parts, self._names) or Owner()
+            owner = self._by_container.get(match[1]) if match else None
+            if owner and owner.pod:
+                # What it has made below its own cgroup may be called after another's container.
+                return owner
+            outermost = outermost or owner
+        return outermost or _owner_from_parts(parts, self._names) or Owner()
 
 
 def _owner_from_parts(parts: list[str], names: _KubeletNames) -> Owner | None:
-    """Return the owner of the innermost named part of a path, or None. A unit counts only outside containers."""
+    """Return the owner of the innermost named part of a path, or None. A unit counts only outside containers.
+
+    What is in a container of a pod is that container's, whatever it calls the cgroups that it makes there.
+    """
     uid = container = unit = ""
     for part in parts:
+        if uid and container:
+            break
         if match := _POD.search(part):
             uid = match[1].replace("_", "-")
             container = unit = ""
@@ -208,11 +217,10 @@ def build_inventory(roots: Roots) -> Inventory:
     """
     hierarchy = find_hierarchy(roots.sys)
     names = _kubelet_names(roots.rootfs)
-    by_id: dict[int, Owner] = {}
     by_container: dict[str, Owner] = {}
     chosen: dict[Owner, tuple[tuple[int, int], Workload]] = {}
     owners: dict[str, Owner | None] = {}
-    paths: list[tuple[str, Owner]] = []
+    owned: list[tuple[Cgroup, Owner]] = []
     for cgroup in walk(hierarchy.mount):
         parent, _, last = cgroup.path.rpartition("/")
         inherited = owners.get(parent)
@@ -220,8 +228,7 @@ def build_inventory(roots: Roots) -> Inventory:
         owners[cgroup.path] = own
         if own is None:
             continue
-        by_id[cgroup.id] = own
-        paths.append((cgroup.path, own))
+        owned.append((cgroup, own))
         if own == inherited:
             continue
         if match := _CONTAINER.search(last):
@@ -233,8 +240,15 @@ def build_inventory(roots: Roots) -> Inventory:
             whole_pod = bool(own.pod) and not own.container
             chosen[own] = (rank, Workload(own, cgroup, whole_pod))
     workloads = tuple(workload for _, workload in chosen.values())
-    of_workloads = tuple((path, own) for path, own in paths if own in chosen)
+    # What only has a workload's name, such as a user may give to a cgroup below user@.service, has none of its own.
+    owned = [(one, own) for one, own in owned if own not in chosen or _is_within(one, chosen[own][1].cgroup)]
+    by_id = {one.id: own for one, own in owned}
+    of_workloads = tuple((one.path, own) for one, own in owned if own in chosen)
     return Inventory(hierarchy, workloads, by_id, by_container, names, of_workloads)
+
+
+def _is_within(one: Cgroup, other: Cgroup) -> bool:
+    return one.path == other.path or one.path.startswith(f"{other.path}/")
 
 
 def _is_sandbox(part: str, names: _KubeletNames) -> bool:

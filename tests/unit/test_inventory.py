@@ -114,8 +114,48 @@ def test_a_user_cannot_take_a_pods_series(tmp_path: Path) -> None:
     """A cgroup made deeper down with a pod's name, as a user may below user@.service, does not replace the pod's."""
     inside = f"user.slice/user-1000.slice/user@1000.service/{SLICE}/cri-containerd-{ID}.scope"
     roots = laid_out(tmp_path, f"{SLICE}/cri-containerd-{ID}.scope", inside, names=True)
-    found = {workload.owner: workload.cgroup.path for workload in build_inventory(roots).workloads}
+    mount = Path(roots.sys, "fs/cgroup")
+    (mount / f"{SLICE}/cri-containerd-{ID}.scope/cgroup.procs").write_text("1\n")
+    (mount / inside / "cgroup.procs").write_text("2\n")
+    inventory = build_inventory(roots)
+    found = {workload.owner: workload.cgroup.path for workload in inventory.workloads}
     assert found[Owner("shop", "checkout", "api-v2")] == f"/{SLICE}/cri-containerd-{ID}.scope"
+    assert inventory.processes()[Owner("shop", "checkout", "api-v2")] == {1}
+    assert inventory.owner_of_cgroup((mount / inside).stat().st_ino) == Owner()
+
+
+VICTIM = Owner("shop", "checkout", "api-v2")
+HOSTILE_ID = "bad0" * 16
+HOSTILE = f"kubepods.slice/kubepods-podbad0bad0_bad0_bad0_bad0_bad0bad0bad0.slice/cri-containerd-{HOSTILE_ID}.scope"
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [
+        f"{SLICE}/cri-containerd-{ID}.scope",
+        f"cri-containerd-{ID}.scope",
+        f"pod{UID}/{ID}",
+        f"kubepods-pod{UID.replace('-', '_')}.slice:cri-containerd:{ID}",
+        f"docker-{OTHER_ID}.scope/kubepods/pod{UID}/{ID}",
+        "system.slice/sshd.service",
+    ],
+)
+def test_a_container_cannot_pass_for_another_pod(tmp_path: Path, inside: str) -> None:
+    """Whatever it calls the cgroups below its own, sockets, processes and memory in them stay its own."""
+    roots = laid_out(tmp_path, f"{SLICE}/cri-containerd-{ID}.scope", f"{HOSTILE}/{inside}", names=True)
+    (tmp_path / "var/log/containers" / f"evil_bad_app-{HOSTILE_ID}.log").symlink_to("/nowhere")
+    mount = Path(roots.sys, "fs/cgroup")
+    (mount / f"{SLICE}/cri-containerd-{ID}.scope/cgroup.procs").write_text("1\n")
+    (mount / HOSTILE / inside / "cgroup.procs").write_text("2\n")
+    inventory = build_inventory(roots)
+    paths = {workload.owner: workload.cgroup.path for workload in inventory.workloads}
+    assert paths[VICTIM] == f"/{SLICE}/cri-containerd-{ID}.scope"
+    evil = inventory.owner_of_cgroup((mount / HOSTILE).stat().st_ino)
+    assert evil == Owner(pod="bad0bad0-bad0-bad0-bad0-bad0bad0bad0", container="app")
+    assert inventory.owner_of_cgroup((mount / HOSTILE / inside).stat().st_ino) == evil
+    assert inventory.processes()[VICTIM] == {1}
+    for seen in (f"/{HOSTILE}/{inside}", f"/../cri-containerd-{HOSTILE_ID}.scope/{inside}"):
+        assert inventory.owner_of_path(seen) == evil
 
 
 def test_owner_of_a_socket_and_of_a_process(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from shoal.kernel.files import ParseError, Reason, Unavailable, Vanished, lines, read, unavailable_from
+from shoal.kernel.files import ParseError, Reason, Unavailable, Vanished, is_count, lines, read, unavailable_from
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -136,8 +136,8 @@ def parse_processes(data: bytes, file: str = "cgroup.procs") -> set[int]:
     0 is among them when the cgroup has a process for which the reader's own PID namespace has no id.
     """
     pids: set[int] = set()
-    for number, line in enumerate(data.splitlines(), 1):
-        if not line.isdigit():
+    for number, line in enumerate(lines(data, file) if data else [], 1):
+        if not is_count(line):
             raise ParseError(file, number, "a process id")
         pids.add(int(line))
     return pids

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -17,14 +19,21 @@ __all__ = [
     "Roots",
     "Unavailable",
     "Vanished",
+    "hexadecimal",
+    "is_count",
     "lines",
     "parse_flat_keyed",
     "read",
     "unavailable_from",
+    "whole",
 ]
 
 _CHUNK = 64 * 1024
 _LIMIT = 16 * 1024 * 1024
+# The kernel's numbers have 64 bits. int() takes much more: underscores, a plus, thousands of digits.
+_DIGITS = 20
+_HEXADECIMAL = re.compile(rb"[0-9a-fA-F]{1,16}")
+_FLAT = re.compile(rb"^(\S+)[ \t]+(-?[0-9]{1,20})(?:[ \t].*)?$", re.MULTILINE)
 
 
 class Reason(StrEnum):
@@ -139,16 +148,34 @@ def lines(data: bytes, file: str) -> list[bytes]:
     return data.split(b"\n")[:-1]
 
 
+def is_count(field: bytes) -> bool:
+    """Tell whether this is a number of at least 0 as the kernel prints one."""
+    return field.isdigit() and len(field) <= _DIGITS
+
+
+def whole(field: bytes) -> int:
+    """Return a number that may be below 0, as the kernel prints one. Raises `ValueError` for anything else."""
+    if not is_count(field.removeprefix(b"-")):
+        raise ValueError(field[:_DIGITS])
+    return int(field)
+
+
+def hexadecimal(field: bytes) -> int:
+    """Return a hexadecimal number as the kernel prints one. Raises `ValueError` for anything else."""
+    if not _HEXADECIMAL.fullmatch(field):
+        raise ValueError(field[:_DIGITS])
+    return int(field, 16)
+
+
 def parse_flat_keyed(data: bytes, file: str) -> dict[str, int]:
     """Return {key: number} of a file of `key value` lines, as /proc/vmstat and cgroup v2's flat keyed files are.
 
     Further columns are tolerated. Raises `ParseError` on a line without a whole number, and as `lines`.
     """
-    rows: dict[str, int] = {}
-    for number, line in enumerate(lines(data, file), 1):
-        fields = line.split()
-        try:
-            rows[fields[0].decode()] = int(fields[1])
-        except (IndexError, ValueError):
-            raise ParseError(file, number, "a key and a whole number") from None
-    return rows
+    rows = lines(data, file)
+    found = _FLAT.findall(data)
+    if len(found) == len(rows):
+        with suppress(UnicodeDecodeError):
+            return {key.decode(): int(value) for key, value in found}
+    wrong = next((number for number, row in enumerate(rows, 1) if not (row.isascii() and _FLAT.match(row))), 0)
+    raise ParseError(file, wrong, "a key and a whole number")

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 from shoal.kernel.files import ParseError, lines, read
 
 __all__ = ["parse_netstat", "read_netstat"]
+
+# All of a line at once, as there are hundreds of numbers for every network namespace.
+_VALUES = re.compile(rb"\S+(?:[ \t]+-?[0-9]{1,20})*\s*")
 
 
 def parse_netstat(data: bytes, file: str = "net/netstat") -> dict[str, int]:
@@ -20,10 +25,12 @@ def parse_netstat(data: bytes, file: str = "net/netstat") -> dict[str, int]:
         values = rows[index + 1].split() if index + 1 < len(rows) else []
         if not names or len(names) != len(values) or names[0] != values[0]:
             raise ParseError(file, index + 2, f"as many values as line {index + 1} has names")
+        if not _VALUES.fullmatch(rows[index + 1]):
+            raise ParseError(file, index + 2, "whole numbers after the protocol's name")
         try:
             counters.update(zip((name.decode() for name in names[1:]), map(int, values[1:]), strict=True))
         except ValueError:
-            raise ParseError(file, index + 2, "whole numbers after the protocol's name") from None
+            raise ParseError(file, index + 1, "names of ASCII letters") from None
     return counters
 
 

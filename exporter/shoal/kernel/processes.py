@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from shoal.kernel.files import ParseError, Reason, Unavailable, Vanished, read
+from shoal.kernel.files import ParseError, Reason, Unavailable, Vanished, lines, read, whole
 
 __all__ = ["Process", "check_pid_namespace", "parse_process", "read_process"]
 
@@ -46,9 +46,10 @@ def parse_process(data: bytes, file: str = "stat") -> Process:
 
     The second field is the command in brackets, and may itself hold spaces, brackets and line breaks.
     """
-    fields = data[data.rfind(b")") + 1 :].split()
+    # A command that has a line break in it leaves the last line whole.
+    fields = lines(data, file)[-1].rpartition(b")")[2].split()
     try:
-        nice, started, policy = (int(fields[number - _STATE]) for number in (_NICE, _START_TIME, _POLICY))
+        nice, started, policy = (whole(fields[number - _STATE]) for number in (_NICE, _START_TIME, _POLICY))
     except (IndexError, ValueError):
         raise ParseError(file, 1, f"at least {_POLICY} fields, nice, starttime and policy whole numbers") from None
     return Process(started, niced=nice > 0 or policy == _SCHED_IDLE)
