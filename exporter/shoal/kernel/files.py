@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -33,7 +32,6 @@ _LIMIT = 16 * 1024 * 1024
 # The kernel's numbers have 64 bits. int() takes much more: underscores, a plus, thousands of digits.
 _DIGITS = 20
 _HEXADECIMAL = re.compile(rb"[0-9a-fA-F]{1,16}")
-_FLAT = re.compile(rb"^(\S+)[ \t]+(-?[0-9]{1,20})(?:[ \t].*)?$", re.MULTILINE)
 
 
 class Reason(StrEnum):
@@ -172,10 +170,11 @@ def parse_flat_keyed(data: bytes, file: str) -> dict[str, int]:
 
     Further columns are tolerated. Raises `ParseError` on a line without a whole number, and as `lines`.
     """
-    rows = lines(data, file)
-    found = _FLAT.findall(data)
-    if len(found) == len(rows):
-        with suppress(UnicodeDecodeError):
-            return {key.decode(): int(value) for key, value in found}
-    wrong = next((number for number, row in enumerate(rows, 1) if not (row.isascii() and _FLAT.match(row))), 0)
-    raise ParseError(file, wrong, "a key and a whole number")
+    rows: dict[str, int] = {}
+    for number, line in enumerate(lines(data, file), 1):
+        fields = line.split()
+        try:
+            rows[fields[0].decode()] = whole(fields[1])
+        except (IndexError, ValueError):
+            raise ParseError(file, number, "a key and a whole number") from None
+    return rows
