@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
 from shoal.kernel.files import ParseError, lines, read
 
 __all__ = ["parse_netstat", "read_netstat"]
 
-# All of a line at once, as there are hundreds of numbers for every network namespace.
-_VALUES = re.compile(rb"\S+(?:[ \t]+-?[0-9]{1,20})*\s*")
+_LARGEST = (1 << 64) - 1
 
 
 def parse_netstat(data: bytes, file: str = "net/netstat") -> dict[str, int]:
@@ -25,12 +22,14 @@ def parse_netstat(data: bytes, file: str = "net/netstat") -> dict[str, int]:
         values = rows[index + 1].split() if index + 1 < len(rows) else []
         if not names or len(names) != len(values) or names[0] != values[0]:
             raise ParseError(file, index + 2, f"as many values as line {index + 1} has names")
-        if not _VALUES.fullmatch(rows[index + 1]):
-            raise ParseError(file, index + 2, "whole numbers after the protocol's name")
         try:
-            counters.update(zip((name.decode() for name in names[1:]), map(int, values[1:]), strict=True))
+            new = dict(zip((name.decode() for name in names[1:]), map(int, values[1:]), strict=True))
         except ValueError:
-            raise ParseError(file, index + 1, "names of ASCII letters") from None
+            raise ParseError(file, index + 2, "whole numbers after the protocol's name") from None
+        # All at once, as there are hundreds for every network namespace; int() takes more than the kernel writes.
+        if new and not (b"".join(values[1:]).isdigit() and max(new.values()) <= _LARGEST):
+            raise ParseError(file, index + 2, "whole numbers of 64 bits")
+        counters.update(new)
     return counters
 
 
