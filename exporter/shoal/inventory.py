@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 from shoal.kernel.cgroups import find_hierarchy, read_process_cgroups, read_processes, walk
-from shoal.kernel.files import ParseError, Reason, Roots, Unavailable, Vanished
+from shoal.kernel.files import ParseError, Reason, Roots, Unavailable, Vanished, raise_if_exhausted
 from shoal.kernel.namespaces import find_network_namespaces, named_namespaces, namespace_id, namespace_inode
 from shoal.kernel.netstat import read_netstat
-from shoal.kernel.processes import check_pid_namespace
+from shoal.kernel.processes import check_pid_namespace, check_processes_visible
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -205,7 +205,8 @@ def _kubelet_names(rootfs: str) -> _KubeletNames:
 def _listing(directory: str) -> list[str]:
     try:
         return os.listdir(directory)
-    except OSError:
+    except OSError as error:
+        raise_if_exhausted(error, directory)
         return []
 
 
@@ -329,10 +330,18 @@ class Node:
         return reading.get(lambda: read_netstat(self.roots.proc, namespace.pid))
 
     def own_network_namespace(self) -> LabelledNamespace | None:
-        """Return the namespace that the exporter's own sockets see; None if none of its processes is in this proc."""
+        """Return the namespace that the exporter's own sockets see; None if none of its processes is in this proc.
+
+        None too where proc hides the processes that would tell which one it is. Raises `Unavailable` otherwise.
+        """
         # A host's proc mounted into a container has no `self` for it; the identity is the same in every proc.
         own = namespace_id(self.roots.proc, "self") or namespace_id(Roots().proc, "self")
-        return next((space for space in self.network_namespaces() if space.id == own), None)
+        try:
+            return next((space for space in self.network_namespaces() if space.id == own), None)
+        except Unavailable as error:
+            if error.reason is Reason.NO_PERMISSION:
+                return None
+            raise
 
     def own_netns(self) -> str:
         """Return the label `netns` of the namespace that the exporter's own sockets see; "self" if it has no other."""
@@ -341,6 +350,7 @@ class Node:
 
     def _read_processes(self) -> dict[Owner, set[int]]:
         check_pid_namespace(self.roots.proc)
+        check_processes_visible(self.roots.proc)
         inventory = self.inventory()
         processes = inventory.processes()
         if inventory.hierarchy.memory:
@@ -366,7 +376,10 @@ class Node:
             return ("host", "", "", "", "")
         try:
             owner = self.owner_of_process(pid)
-        except (Unavailable, Vanished, ParseError):
+        except (Unavailable, Vanished, ParseError) as error:
+            if isinstance(error, Unavailable) and error.reason is Reason.NOT_READABLE:
+                # For want of a descriptor, say: a pod's counters would be another's for one scrape.
+                raise
             owner = Owner()
         if owner.pod:
             # The containers of a pod share its network, so it belongs to none of them.

@@ -22,6 +22,7 @@ __all__ = [
     "is_count",
     "lines",
     "parse_flat_keyed",
+    "raise_if_exhausted",
     "read",
     "unavailable_from",
     "whole",
@@ -104,6 +105,15 @@ def unavailable_from(error: OSError, path: str) -> Unavailable | Vanished:
     if error.errno == errno.EOPNOTSUPP:
         return Unavailable(Reason.DISABLED, f"{path} is switched off in this kernel")
     return Unavailable(Reason.NOT_READABLE, f"{path} cannot be read: {error.strerror}")
+
+
+def raise_if_exhausted(error: OSError, path: str) -> None:
+    """Raise `Unavailable` where the exporter or the machine had nothing left to open `path` with.
+
+    That says nothing of what is there: who takes it for an empty directory takes a pod's name from it.
+    """
+    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        raise unavailable_from(error, path)
 
 
 def read(path: str, *, dir_fd: int | None = None) -> bytes:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from shoal.kernel.files import ParseError, Reason, Unavailable, Vanished, lines, read, whole
 
-__all__ = ["Process", "check_pid_namespace", "parse_process", "read_process"]
+__all__ = ["Process", "check_pid_namespace", "check_processes_visible", "parse_process", "read_process"]
 
 _STATE = 3
 _NICE = 19
@@ -39,6 +39,19 @@ def check_pid_namespace(proc: str) -> None:
         known_as = ""
     if known_as != str(os.getpid()):
         raise Unavailable(Reason.NO_PERMISSION, f"the exporter is not in the PID namespace of {proc}")
+
+
+def check_processes_visible(proc: str) -> None:
+    """Raise `Unavailable` where proc shows the exporter's own processes alone: mounted with hidepid, and no capability.
+
+    Processes of others are then missing (hidepid=2 and 4) or closed (1), the first one among them. CAP_SYS_PTRACE, or
+    the group that the option gid= names, opens them.
+    """
+    try:
+        os.stat(f"{proc}/1/.")
+    except OSError as error:
+        if os.path.exists(f"{proc}/self/stat"):
+            raise Unavailable(Reason.NO_PERMISSION, f"{proc} hides processes (hidepid): {error.strerror}") from None
 
 
 def parse_process(data: bytes, file: str = "stat") -> Process:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from shoal.kernel.files import ParseError, Unavailable, Vanished, hexadecimal, lines, read, unavailable_from
 from shoal.kernel.netlink.core import NetlinkSocket, Subsystem, attributes, open_socket, split
+from shoal.kernel.processes import check_processes_visible
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
@@ -264,6 +265,7 @@ def read_discards(proc: str, table: str) -> int:
     The file is in the first network namespace only, which process 1 of the host is in. Raises `Unavailable` or
     `ParseError`.
     """
+    check_processes_visible(proc)
     path = f"{proc}/1/net/stat/{table}"
     return parse_discards(read(path), path)
 
