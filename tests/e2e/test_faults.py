@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.e2e.process import Running, Scrape, exporter, free_port
+
+from shoal.kernel.netstat import read_netstat
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,6 +45,23 @@ def kernels(scrape: Scrape) -> dict[Any, float]:
     }
 
 
+def overflow() -> None:
+    """Have the kernel drop connections of this network namespace, because a queue of accept() is full."""
+    with ExitStack() as stack:
+        server = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(5):
+            client = stack.enter_context(socket.socket())
+            client.setblocking(False)  # noqa: FBT003  (the socket's own signature)
+            with suppress(BlockingIOError):
+                client.connect(server.getsockname())
+        time.sleep(0.1)
+
+
+def overflows() -> int:
+    """Return what the kernel has counted of them."""
+    return read_netstat("/proc", "self")["ListenOverflows"]
+
+
 def started(scrape: Scrape) -> float:
     """Return when the exporter says that it has started."""
     (at,) = scrape.named("process_start_time_seconds")
@@ -55,7 +75,10 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
     last: Scrape | None = None
     for _ in range(5):
         with exporter(before=ALONE, log=tmp_path / "log", port=port) as running:
+            least = overflows()
             scrape = running.scrape()
+            (told,) = scrape.named("shoal_listen_queue_overflows_total", netns="host")
+            assert least <= told <= overflows()
             assert not scrape.failed
             if last is not None:
                 assert started(scrape) > started(last)
@@ -63,6 +86,8 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
                 assert len(now.keys() & kernels(last).keys()) > 20
                 assert not [key for key, value in kernels(last).items() if now.get(key, value) < value]
             last = scrape
+            overflow()
+            assert overflows() > least
             busy = threading.Thread(target=ask_in_vain, args=(running,))
             busy.start()
             time.sleep(chance.uniform(0, 0.3))
@@ -128,6 +153,9 @@ def test_prometheus_and_the_exporter_restart(tmp_path: Path) -> None:
             wait_for(own, "count_over_time(process_start_time_seconds[2m]) >= 4")
             assert not query(own, "changes(process_start_time_seconds[5m]) > 0")
             assert not query(own, 'resets({__name__=~"shoal_.+_(total|count|sum|bucket)"}[5m]) > 0')
+            overflow()
+            (told,) = running.scrape().named("shoal_listen_queue_overflows_total", netns="host")
+            wait_for(own, f'shoal_listen_queue_overflows_total{{netns="host"}} >= {told}')
             running.process.kill()
             running.process.wait()
             wait_for(own, "up == 0")

@@ -141,14 +141,18 @@ def test_a_full_disk(tmp_path: Path) -> None:
 def test_sigstop() -> None:
     """It takes up where it was: one scrape that waited is answered, and the time that it slept is no server's stall."""
     with ExitStack() as stack:
-        port = stack.enter_context(redis())
+        server, port = stack.enter_context(redis())
         running = stack.enter_context(exporter(f"--redis.target=redis://127.0.0.1:{port}"))
         until = time.monotonic() + 20
         while running.scrape().named("shoal_redis_up") != [1]:
             assert time.monotonic() < until
             time.sleep(0.1)
         before = running.scrape()
+        # So that a PING is on its way, for which the server takes a third of a second.
+        server.send_signal(signal.SIGSTOP)
+        time.sleep(0.3)
         running.process.send_signal(signal.SIGSTOP)
+        server.send_signal(signal.SIGCONT)
         answers: list[object] = []
         waiting = threading.Thread(target=lambda: answers.append(running.scrape(timeout=STOPPED + 30)))
         waiting.start()
@@ -174,7 +178,7 @@ def slow_pings(scrape: Scrape) -> float:
 
 
 @contextmanager
-def redis() -> Iterator[int]:
+def redis() -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """Run a Redis server on a port of its own."""
     port = free_port()
     command = ["redis-server", "--port", str(port), "--save", "", "--bind", "127.0.0.1"]
@@ -186,7 +190,7 @@ def redis() -> Iterator[int]:
                     break
                 assert time.monotonic() < until
                 time.sleep(0.05)
-            yield port
+            yield process, port
         finally:
             process.kill()
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import os
 import shutil
 import weakref
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from shoal.inventory import Node, Owner, build_inventory
 from shoal.kernel.cgroups import find_hierarchy, open_cgroup
 from shoal.kernel.files import Reason, Roots, Unavailable, Vanished, read
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 FIXTURES = Path(__file__).parent / "fixtures"
 UID = "0f8d3c1e-5b7a-4c2d-9e6f-1a2b3c4d5e6f"
@@ -156,6 +161,34 @@ def test_a_container_cannot_pass_for_another_pod(tmp_path: Path, inside: str) ->
     assert inventory.processes()[VICTIM] == {1}
     for seen in (f"/{HOSTILE}/{inside}", f"/../cri-containerd-{HOSTILE_ID}.scope/{inside}"):
         assert inventory.owner_of_path(seen) == evil
+
+
+@pytest.mark.parametrize("place", ["/var/log/pods", "/var/log/containers", f"/{SLICE}", "/run/netns", "/proc/7/cgroup"])
+def test_without_a_descriptor_nothing_changes_its_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """For want of one a pod would have its UID for a name, or its network another's, for one scrape: absent instead."""
+    roots = laid_out(tmp_path, f"{SLICE}/cri-containerd-{ID}.scope", names=True)
+    (tmp_path / "proc/7/net").mkdir(parents=True)
+    (tmp_path / "proc/7/net/netstat").touch()
+    (tmp_path / "proc/7/cgroup").write_text(f"0::/{SLICE}/cri-containerd-{ID}.scope\n")
+    assert [space.labels for space in Node(roots).network_namespaces()] == [("pod", "shop", "checkout", "", "")]
+
+    def spent(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: str, *arguments: Any, **others: Any) -> Any:
+            if str(path).endswith(place):
+                raise OSError(errno.EMFILE, "Too many open files")
+            return function(path, *arguments, **others)
+
+        return call
+
+    for name in ("listdir", "scandir", "open"):
+        monkeypatch.setattr(os, name, spent(getattr(os, name)))
+    node = Node(roots)
+    with pytest.raises(Unavailable) as caught:
+        # Of the cgroups' tree the workloads are asked, as a process tells its path itself.
+        _ = (node.network_namespaces(), node.inventory())
+    assert caught.value.reason is Reason.NOT_READABLE
 
 
 def test_owner_of_a_socket_and_of_a_process(tmp_path: Path) -> None:
