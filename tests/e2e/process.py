@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["Running", "Scrape", "exporter", "free_port"]
+__all__ = ["Running", "Scrape", "exporter", "fallen", "free_port"]
 
 # A machine without KVM takes a minute for what takes a second here.
 _PATIENCE = 180 if "SHOAL_VM" in os.environ else 30
@@ -77,6 +77,12 @@ class Scrape:
     def named(self, name: str, **labels: str) -> list[float]:
         """Return the values of the samples of this name that have these labels."""
         return [value for (one, has), value in self.values.items() if one == name and labels.items() <= set(has)]
+
+
+def fallen(before: Scrape, after: Scrape) -> list[object]:
+    """Return the counters that are there and lower than they were."""
+    now = after.counters
+    return [key for key, value in before.counters.items() if now.get(key, value) < value]
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.e2e.process import Scrape, exporter
+from tests.e2e.process import exporter, fallen
 from tests.lab.node import cgroup_mount, remove_cgroups
 
 if TYPE_CHECKING:
@@ -35,11 +35,6 @@ def limited(name: str, **settings: str) -> Iterator[tuple[Path, tuple[str, ...]]
         yield place, ("sh", "-c", f'echo $$ >{place}/cgroup.procs && exec "$@"', "sh")
     finally:
         remove_cgroups(place)
-
-
-def fallen(before: Scrape, after: Scrape) -> list[object]:
-    """Return the counters that are lower than they were."""
-    return [key for key, value in before.counters.items() if after.counters.get(key, value) < value]
 
 
 def test_memory_high(tmp_path: Path) -> None:
