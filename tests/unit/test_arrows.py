@@ -63,7 +63,7 @@ def test_the_walk_sees_everything() -> None:
 
 
 def test_no_duration_is_read_off_the_wall() -> None:
-    """The wall's clock may be set at any time; it is asked only for what is a date: of a log line, of a configuration."""
+    """The wall's clock may be set at any time; it is asked only for dates: of a log line, of a configuration's reading."""
     asked = {
         (str(file), node.attr)
         for file in FILES
