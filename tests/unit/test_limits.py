@@ -283,7 +283,7 @@ def test_ten_thousand_bad_requests(start_exporter: StartExporter) -> None:
 
 
 def test_a_stranger_does_not_write_the_log(start_exporter: StartExporter) -> None:
-    """What is no HTTP is answered 400 and not logged: there may be a password in it, and a line each would fill a disk."""
+    """What is no HTTP is answered 400 and not logged: a password may be in it, and a line each fills a disk."""
     exporter = start_exporter(*ONE_COLLECTOR, "--log.level=debug", program=program())
     before = exporter.log
     secret = b64encode(b"a:secret")

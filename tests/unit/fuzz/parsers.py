@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tests.unit.fuzz.mutations import Shape
 
-from shoal.inventory import Owner, _KubeletNames, _owner_from_parts
+from shoal.inventory import Owner, _identity, _KubeletNames, _owner_of
 from shoal.kernel import (
     addresses,
     arp,
@@ -549,7 +549,7 @@ PARSERS: dict[str, Parser] = {
         ends_in_newline=False,
     ),
     "shoal.inventory.build_inventory": Parser(
-        lambda path: _owner_from_parts(os.fsdecode(path).strip("/").split("/"), _KubeletNames()) or Owner(),
+        lambda path: _owner_of(_identity(os.fsdecode(path)), _KubeletNames()) or Owner(),
         _PATHS,
         errors=(),
         ends_in_newline=False,
