@@ -55,10 +55,10 @@ def absent(collector: DelaysCollector) -> dict[str, str]:
     return {signal: why[0].value for signal, why in collector.availability.absent.items() if why}
 
 
-def stats(run_queue: float, *, version: int = 16, block_io: float = 0.0) -> TaskStats:
-    """Return what the kernel would say of one process."""
-    later = [0.0 if version >= since else None for since in (11, 13, 14)]
-    return TaskStats(version, run_queue, block_io, 0.0, 0.0, 0.0, int(block_io * 10), *later)
+def stats(run_queue: float, *, version: int = 16, block_io: float = 0.0, others: float = 0.0) -> TaskStats:
+    """Return what the kernel would say of one process; `others` is what it waited for each reason but those two."""
+    later = [others if version >= since else None for since in (11, 13, 14)]
+    return TaskStats(version, run_queue, block_io, others, others, others, int(block_io * 10), *later)
 
 
 @dataclass
@@ -151,7 +151,7 @@ def test_what_processes_waited_is_summed_by_workload_and_reason(machine: Machine
     machine.cgroup("a.service/below", 9)
     machine.cgroup("b.service", 10)
     for pid in (7, 8, 9, 10):
-        machine.process(pid, stats(pid, block_io=0.5))
+        machine.process(pid, stats(pid, block_io=0.5, others=1.5))
     found = machine.scrape()
     assert found[DELAY]["a.service", "run_queue"] == 24
     assert found[DELAY]["a.service", "block_io"] == 1.5
@@ -159,7 +159,6 @@ def test_what_processes_waited_is_summed_by_workload_and_reason(machine: Machine
     assert found[DELAY]["b.service", "run_queue"] == 10
     assert {reason for unit, reason in found[DELAY] if unit == "b.service"} == {
         "run_queue",
-        "block_io",
         "swap_in",
         "reclaim",
         "thrashing",
@@ -169,6 +168,19 @@ def test_what_processes_waited_is_summed_by_workload_and_reason(machine: Machine
     }
     assert found[SKIPPED] == {(): 0}
     assert absent(machine.collector) == {"delays_node": "not_in_kernel"}
+
+
+def test_a_workload_that_hardly_waited_is_one_series(machine: Machine) -> None:
+    """Delay accounting may be on: until it has waited a second for a reason, only the run queue is told, from 0 on."""
+    machine.cgroup("a.service", 7)
+    machine.process(7, stats(0, block_io=0.9, others=0.9))
+    found = machine.scrape()
+    assert found[DELAY] == {("a.service", "run_queue"): 0}
+    assert found["shoal_block_io_waits_total"] == {}
+    machine.process(7, stats(0, block_io=1, others=0.9))
+    found = machine.scrape()
+    assert found[DELAY] == {("a.service", "run_queue"): 0, ("a.service", "block_io"): 1}
+    assert found["shoal_block_io_waits_total"] == {("a.service",): 10}
 
 
 def test_a_sum_does_not_fall_when_a_process_ends(machine: Machine) -> None:
@@ -338,9 +350,9 @@ def test_answers_that_are_not_understood(machine: Machine) -> None:
 
 
 def test_accounting_that_is_off_is_absent_and_not_0(machine: Machine) -> None:
-    """The kernel answers 0 for what it does not count; the run queue it always counts."""
+    """Whatever the kernel answers for what it does not count, it is not told; the run queue it always counts."""
     machine.cgroup("a.service", 7)
-    machine.process(7, stats(5))
+    machine.process(7, stats(5, block_io=5, others=5))
     machine.write("proc/sys/kernel/task_delayacct", "0\n")
     assert machine.scrape()[DELAY] == {("a.service", "run_queue"): 5}
     lost = absent(machine.collector)
@@ -359,7 +371,7 @@ def test_what_an_older_kernel_does_not_count(machine: Machine, version: int, mis
     """A reason that this kernel's struct lacks is absent, with a signal that says so."""
     machine.taskstats[os.getpid()] = stats(0, version=version)
     machine.cgroup("a.service", 7)
-    machine.process(7, stats(5, version=version))
+    machine.process(7, stats(5, version=version, block_io=5, others=5))
     reasons = {reason for _, reason in machine.scrape()[DELAY]}
     assert reasons == {*delays._REASONS} - missing
     lost = absent(machine.collector)
@@ -368,9 +380,10 @@ def test_what_an_older_kernel_does_not_count(machine: Machine, version: int, mis
 
 def test_interrupts_that_the_kernel_does_not_time(machine: Machine) -> None:
     """Without CONFIG_IRQ_TIME_ACCOUNTING the struct has the member and it stays 0: absent, as irq pressure is."""
-    (machine.root / "proc/pressure/irq").unlink()
     machine.cgroup("a.service", 7)
-    machine.process(7, stats(5))
+    machine.process(7, stats(5, others=5))
+    assert ("a.service", "irq") in machine.scrape()[DELAY]
+    (machine.root / "proc/pressure/irq").unlink()
     assert ("a.service", "irq") not in machine.scrape()[DELAY]
     assert absent(machine.collector)["delays_irq"] == "not_in_kernel"
 

@@ -153,6 +153,27 @@ def test_a_calm_workload_is_two_series_until_it_comes_near_its_limit(tmp_path: P
     assert series() == restless
 
 
+def test_a_calm_pod_is_one_series_until_it_comes_near_its_limit(tmp_path: Path) -> None:
+    """Its own events tell whether its limit was hit, which is no question while it was far from it."""
+    roots = copy_of("6.1", tmp_path)
+    (pod,) = Path(roots.sys).rglob("kubepods-burstable-pod7c1b9a52_*.slice")
+    events = (pod / "memory.events.local").read_text()
+    for name, content in (
+        ("memory.events.local", events.replace("max 24", "max 0").replace("oom 1", "oom 0")),
+        ("memory.current", "4096\n"),
+        ("memory.peak", "4096\n"),
+    ):
+        (pod / name).write_text(content)
+
+    def series() -> set[str]:
+        found, _ = read("memory", roots)
+        return {name for name, values in found.items() for labels in values if labels[:4] == REPORTS_POD}
+
+    assert series() == {"shoal_memory_max_bytes"}
+    (pod / "memory.events.local").write_text(events)
+    assert series() == {"shoal_memory_max_bytes", "shoal_memory_local_events_total"}
+
+
 @pytest.mark.parametrize(
     ("kernel", "absent"),
     [("5.10", {"memory_peak", "memory_direct_scan"}), ("6.1", set()), ("6.12", set())],
@@ -170,14 +191,16 @@ def test_memory_signals_by_kernel(kernel: str, absent: set[str]) -> None:
 def test_pressure_of_a_recorded_node(kernel: str) -> None:
     """The throttled container stood still for memory; a node without trouble has its totals all the same."""
     found, reasons = read("pressure", roots_of(kernel))
-    assert found["shoal_pressure_full_seconds_total"][*API, "memory"] > 1
+    some, full = found["shoal_pressure_some_seconds_total"], found["shoal_pressure_full_seconds_total"]
+    assert full[*API, "memory"] > 1
+    assert full.keys() == {labels for labels, waited in some.items() if waited >= 1 and labels[-1] != "cpu"}
     assert found["shoal_node_pressure_some_seconds_total"].keys() == {("cpu",), ("memory",), ("io",)}
     assert (("cpu",) in found["shoal_node_pressure_full_seconds_total"]) == (kernel != "5.10")
     assert reasons["pressure_node"] == reasons["pressure_workloads"] == ""
     assert reasons["pressure_irq"] == (
         "" if ("irq",) in found["shoal_node_pressure_full_seconds_total"] else "not_in_kernel"
     )
-    assert not any(labels[1] and not labels[2] for labels in found["shoal_pressure_some_seconds_total"])
+    assert not any(labels[1] and not labels[2] for labels in some)
 
 
 @pytest.mark.parametrize("kernel", ["5.10", "6.1", "6.12"])
@@ -187,7 +210,8 @@ def test_listen_queue_of_a_recorded_node(kernel: str) -> None:
     overflows = found["shoal_listen_queue_overflows_total"]
     assert {labels[2] for labels, value in overflows.items() if value} == {"checkout-7d9c5b6f4-x2x9k"}
     assert overflows["host", "", "", "", ""] == 0
-    assert found["shoal_listen_queue_drops_total"].keys() == overflows.keys()
+    told = {labels for labels, value in overflows.items() if value or labels[0] != "pod"}
+    assert found["shoal_listen_queue_drops_total"].keys() == told
     assert reasons["listen_queue_namespaces"] == ""
     assert found["shoal_listen_queue_somaxconn"][()] == 4096
 

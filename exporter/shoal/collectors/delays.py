@@ -39,15 +39,16 @@ DELAY = Metric(
     "cpu_delay_total, block_io: blkio_, swap_in: swapin_, reclaim: freepages_, thrashing: thrashing_, "
     "compaction: compact_, copy_on_write: wpcopy_, irq: irq_delay_total). Reasons overlap, and being stopped by a CPU "
     "quota counts as run_queue. What processes waited for a CPU at a nice value above 0 or under SCHED_IDLE is "
-    "run_queue_nice instead, once there is any. What a process waited between the last scrape and its end is missing, "
-    "and all but run_queue of a process older than the switching on of accounting.",
+    "run_queue_nice instead, once there is any. For any other reason a workload has a series once it has waited for "
+    "it for a second. What a process waited between the last scrape and its end is missing, and all but run_queue of a "
+    "process older than the switching on of accounting.",
     "taskstats TASKSTATS_CMD_GET of each process; run_queue without CAP_NET_ADMIN: /proc/<pid>/task/*/schedstat",
     (*OWNER_LABELS, "reason"),
 )
 BLOCK_IO_WAITS = Metric(
     "shoal_block_io_waits_total",
     "counter",
-    "How many waits the reason block_io of shoal_delay_seconds_total is the sum of (blkio_count), once there is any.",
+    "How many waits the reason block_io of shoal_delay_seconds_total is the sum of (blkio_count).",
     "taskstats TASKSTATS_CMD_GET of each process",
     OWNER_LABELS,
 )
@@ -112,8 +113,9 @@ _SUMS = (*_REASONS, "block_io_waits", "run_queue_nice")
 _RUN_QUEUE, _RUN_QUEUE_NICE = _SUMS.index("run_queue"), _SUMS.index("run_queue_nice")
 # Reasons that not every kernel counts, each a signal of its own, and since which version of struct taskstats.
 _NEWER = {"compaction": 11, "copy_on_write": 13, "irq": 14}
-# A pause container never gets there: most pods are spared a series that way.
-_LEAST_USAGE = 1.0
+# Seconds of use, or of waiting for one reason. A pause container never gets there, and for most reasons most workloads
+# do not: they are spared series that way, well below where any alert begins.
+_LEAST = 1.0
 # Seconds for asking the processes of one scrape; 3,000 threads in 1,000 processes take a tenth of it.
 _BUDGET = 0.5
 
@@ -192,12 +194,12 @@ class DelaysCollector(Collector):
         delays, block_io_waits = DELAY.family(), BLOCK_IO_WAITS.family()
         for owner, sums in self._sums.items():
             waited = dict(zip(_SUMS, sums, strict=True))
-            for reason in _REASONS:
-                if reason in counted:
+            for reason in counted:
+                if reason == "run_queue" or waited[reason] >= _LEAST:
                     delays.add((*owner.labels, reason), waited[reason])
             if waited["run_queue_nice"]:
                 delays.add((*owner.labels, "run_queue_nice"), waited["run_queue_nice"])
-            if waited["block_io_waits"]:
+            if "block_io" in counted and waited["block_io"] >= _LEAST:
                 block_io_waits.add(owner.labels, waited["block_io_waits"])
         return [delays, block_io_waits, Family(SKIPPED, [((), skipped)])]
 
@@ -348,7 +350,7 @@ def _read_cpu(fd: int, *, whole_pod: bool) -> list[tuple[Metric, float]]:
     if stat is None:
         return []
     samples: list[tuple[Metric, float]] = []
-    if stat.usage >= _LEAST_USAGE and not whole_pod:
+    if stat.usage >= _LEAST and not whole_pod:
         samples.append((USAGE, stat.usage))
     if stat.periods == 0 and read_cpu_max(fd) is None:
         return samples

@@ -58,7 +58,8 @@ TIME_WAIT_LIMIT = Metric(
 TIME_WAIT_OVERFLOWS = Metric(
     "shoal_tcp_time_wait_overflows_total",
     "counter",
-    "Sockets closed without TIME_WAIT because its limit was reached (TCPTimeWaitOverflow).",
+    "Sockets closed without TIME_WAIT because its limit was reached (TCPTimeWaitOverflow); of a pod if there are any, "
+    f"or if it has {_WORTH_A_LOOK} sockets.",
     "/proc/<pid>/net/netstat TcpExt TCPTimeWaitOverflow",
     NETNS_LABELS,
 )
@@ -167,13 +168,16 @@ class EphemeralPortsCollector(Collector):
         for space in node.network_namespaces():
             if space.id not in sockets:
                 continue
-            if space.labels[0] != "pod" or _total(sockets[space.id]) >= _WORTH_A_LOOK:
+            shown = space.labels[0] != "pod" or _total(sockets[space.id]) >= _WORTH_A_LOOK
+            if shown:
                 in_use[space.labels] = in_use.get(space.labels, 0) + sockets[space.id].in_use
                 time_wait[space.labels] = time_wait.get(space.labels, 0) + sockets[space.id].time_wait
             try:
-                overflows.append((space.labels, space.id, node.netstat(space)["TCPTimeWaitOverflow"]))
+                overflowed = node.netstat(space)["TCPTimeWaitOverflow"]
             except (Unavailable, Vanished, ParseError, KeyError):
                 continue
+            if shown or overflowed:
+                overflows.append((space.labels, space.id, overflowed))
         return [
             Family(IN_USE, list(in_use.items())),
             Family(TIME_WAIT, list(time_wait.items())),

@@ -41,21 +41,23 @@ OVERFLOWS = Metric(
 DROPS = Metric(
     "shoal_listen_queue_drops_total",
     "counter",
-    "Connection requests dropped by listeners for any reason, full queues among them (ListenDrops).",
+    "Connection requests dropped by listeners for any reason, full queues among them (ListenDrops); of a pod once "
+    "there is any.",
     "/proc/<pid>/net/netstat TcpExt ListenDrops",
     NETNS_LABELS,
 )
 REQUEST_DROPS = Metric(
     "shoal_listen_queue_request_drops_total",
     "counter",
-    "SYNs dropped because the queue of half-open requests was full (TCPReqQFullDrop).",
+    "SYNs dropped because the queue of half-open requests was full (TCPReqQFullDrop); of a pod once there is any.",
     "/proc/<pid>/net/netstat TcpExt TCPReqQFullDrop",
     NETNS_LABELS,
 )
 REQUEST_COOKIES = Metric(
     "shoal_listen_queue_request_cookies_total",
     "counter",
-    "SYNs answered by a cookie because the queue of half-open requests was full; nothing lost (TCPReqQFullDoCookies).",
+    "SYNs answered by a cookie because the queue of half-open requests was full; nothing lost (TCPReqQFullDoCookies); "
+    "of a pod once there is any.",
     "/proc/<pid>/net/netstat TcpExt TCPReqQFullDoCookies",
     NETNS_LABELS,
 )
@@ -314,8 +316,8 @@ def _family(metric: Metric, sums: dict[tuple[str, ...], float]) -> Family:
 
 
 def _always(metric: Metric, namespace: LabelledNamespace) -> bool:
-    """Tell whether a counter is exported at 0: of a pod, of which there are many, only what was dropped in all."""
-    return metric in (OVERFLOWS, DROPS) or namespace.labels[0] != "pod"
+    """Tell whether a counter is exported at 0: of a pod, of which there are many, only refused connections."""
+    return metric is OVERFLOWS or namespace.labels[0] != "pod"
 
 
 def _sysctl(node: Node, metric: Metric, name: str) -> Family:

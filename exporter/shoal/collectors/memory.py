@@ -103,7 +103,8 @@ EVENTS = Metric(
 LOCAL_EVENTS = Metric(
     "shoal_memory_local_events_total",
     "counter",
-    "The same events of this cgroup alone, for cgroups that have others below: whether its own limit was hit.",
+    "The same events of this cgroup alone, for cgroups that have others below: whether its own limit was hit. Of one "
+    "that had an event or came near its limit.",
     "<cgroup>/memory.events.local",
     (*OWNER_LABELS, "event"),
 )
@@ -189,8 +190,8 @@ class MemoryCollector(Collector):
 
     Most workloads never come near a limit and have nothing to tell: they have the limit that bounds them and their
     kills. Once one has used half of that limit, its own or an ancestor's, or has had an event, it has all the rest for
-    as long as it lives. One without a limit has its usage and its kills. A pod as a whole has its limits and its own
-    events, which tell whether the pod's limit or a container's was hit.
+    as long as it lives. One without a limit has its usage and its kills. A pod as a whole has its limits and, once it
+    came as near, its own events, which tell whether the pod's limit or a container's was hit.
     """
 
     name = "memory"
@@ -295,7 +296,7 @@ class _Scan:
                 amounts |= {metric: _read_optional(name, fd) for metric, name in _SWAP_AMOUNTS}
                 yield from _breakdown(labels, read_memory_stat(fd))
         yield from _events(EVENTS, labels, events, _EVENTS if restless else ("oom_kill",))
-        yield from _events(LOCAL_EVENTS, labels, local, _EVENTS if restless else ("oom",) if own_max else ())
+        yield from _events(LOCAL_EVENTS, labels, local, _EVENTS if restless else ())
         yield from ((metric, labels, amount) for metric, amount in amounts.items() if amount is not None)
 
     def _tightest(self, path: str, own: int | None) -> int | None:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["PressureCollector"]
 
 _RESOURCES = ("cpu", "memory", "io")
+# Seconds of waiting from which on it matters whether all tasks waited at once; well below where any alert begins.
+_LEAST = 1.0
 
 NODE_SOME = Metric(
     "shoal_node_pressure_some_seconds_total",
@@ -42,7 +44,8 @@ SOME = Metric(
 FULL = Metric(
     "shoal_pressure_full_seconds_total",
     "counter",
-    "Time in which all non-idle tasks of the workload waited for the resource at once (PSI full total).",
+    "Time in which all non-idle tasks of the workload waited for the resource at once (PSI full total); once some of "
+    "them have waited for it for a second.",
     "<cgroup>/{memory,io}.pressure",
     (*OWNER_LABELS, "resource"),
 )
@@ -92,7 +95,7 @@ def _workload(workload: Workload, fd: int) -> Iterator[Sample]:
         labels = (*workload.owner.labels, resource)
         if pressure.some is not None:
             yield SOME, labels, pressure.some
-        # That all of a workload's tasks wait for a CPU is its own quota's doing, and cpu.stat has it. And while none
-        # of them ever waited they never all did: most workloads are spared a series that way.
-        if pressure.full is not None and resource != "cpu" and pressure.some:
+        # That all of a workload's tasks wait for a CPU is its own quota's doing, and cpu.stat has it. And while some
+        # hardly waited all did less: most workloads are spared a series that way.
+        if pressure.full is not None and resource != "cpu" and (pressure.some or 0) >= _LEAST:
             yield FULL, labels, pressure.full
