@@ -16,7 +16,7 @@ from functools import partial
 from socket import AF_INET, AF_INET6
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from shoal.kernel.files import ParseError, Reason, Unavailable
+from shoal.kernel.files import ParseError
 from shoal.kernel.netlink.core import NetlinkSocket, SocketOpener, Subsystem, attributes, open_socket
 
 if TYPE_CHECKING:
@@ -254,8 +254,6 @@ def read_nat_backends(known: NatBackends | None = None, *, opener: SocketOpener 
         for family, table in netlink.dump(_NFT_MSG_GETCHAIN, bytes(_NFGENMSG_BYTES), parse_nat_tables):
             for part in _read_table(netlink, family, table):
                 rules.merge(part)
-        if netlink.inconsistent_dumps:
-            raise Unavailable(Reason.NOT_READABLE, "the NAT rules keep changing while they are being read")
     return NatBackends(generation, frozenset(rules.exact), tuple(sorted(rules.ranges)), rules.opaque)
 
 
