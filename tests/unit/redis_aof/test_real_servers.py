@@ -83,6 +83,52 @@ async def test_numbers_are_those_of_redis_cli(start_redis: StartRedis, watch: Wa
     assert {signal for signal, why in watching.collector.availability.absent.items() if why} == {"redis_aof_namespaces"}
 
 
+def held(*pids: int) -> int:
+    """Return the bytes of memory that these processes hold together, a shared page counted once (Pss)."""
+    rollups = [Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines() for pid in pids]
+    return 1024 * sum(int(line.split()[1]) for rollup in rollups for line in rollup if line.startswith("Pss:"))
+
+
+def rewrite_under_writes(server: RealServer) -> int:
+    """Have half of the data written to while a child rewrites the file; return what both hold when that is done."""
+    server.ask("BGREWRITEAOF")
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
+    until = time.monotonic() + 20
+    while not (child := children.read_text().strip()):
+        assert time.monotonic() < until
+    # So that it is still there after the writes, however slow the machine is.
+    os.kill(int(child), signal.SIGSTOP)
+    server.ask("EVAL", "for i = 0, 12499 do redis.call('SETRANGE', 'key:' .. i, 0, 'new') end", "0")
+    together = held(server.process.pid, int(child))
+    os.kill(int(child), signal.SIGCONT)
+    while server.info()["aof_rewrite_in_progress"] != "0":
+        time.sleep(0.05)
+        assert time.monotonic() < until + 40
+    assert server.info()["aof_last_bgrewrite_status"] == "ok"
+    return together
+
+
+async def test_what_a_rewrite_needs_is_foretold(start_redis: StartRedis, watch: Watch) -> None:
+    """Resident memory and the last copies are what the kernel counts for server and child in the next rewrite."""
+    server = await asyncio.to_thread(start_redis, "--rdb-key-save-delay", "1")
+    await asyncio.to_thread(server.ask, "DEBUG", "POPULATE", "25000", "key", "2000")
+    watching = await watch(f"redis://{address(server)}")
+    labels = (address(server), *UNOWNED)
+    found = await watching.scrape()
+    assert found["shoal_redis_aof_last_cow_bytes"][labels] == 0
+    await asyncio.to_thread(rewrite_under_writes, server)
+    found = await watching.scrape()
+    resident = found["shoal_redis_used_memory_rss_bytes"][labels]
+    copied = found["shoal_redis_aof_last_cow_bytes"][labels]
+    needed = await asyncio.to_thread(rewrite_under_writes, server)
+    info = await asyncio.to_thread(server.info)
+    assert needed > 1.3 * resident
+    assert resident + copied == pytest.approx(needed, rel=0.15)
+    assert copied == pytest.approx(int(info["aof_last_cow_size"]), rel=0.25)
+    found = await watching.scrape()
+    assert found["shoal_redis_aof_last_cow_bytes"][labels] == int(info["aof_last_cow_size"])
+
+
 async def test_what_a_server_does_not_have_is_absent(start_redis: StartRedis, watch: Watch) -> None:
     """No append-only file, no limit of memory, no latency monitor: no numbers of them, and the monitor stays off."""
     server = await asyncio.to_thread(start_redis, "--appendonly", "no")
