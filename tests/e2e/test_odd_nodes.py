@@ -10,12 +10,16 @@ import sys
 import time
 import urllib.request
 from contextlib import ExitStack, closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
+from tests.bench.target import EXPORTER, running
+
+from shoal.kernel.namespaces import open_in_namespace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -111,10 +115,15 @@ def test_a_namespace_without_a_process() -> None:
         assert not labelled(scrape(), "netns", name)
 
 
+def cgroup_mount() -> Path:
+    """Return where cgroup v2 is mounted, alone or beside v1."""
+    mounts = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified"))
+    return next(mount for mount in mounts if (mount / "cgroup.controllers").exists())
+
+
 def test_a_unit_with_an_odd_name() -> None:
     """A cgroup is named as whoever makes it likes, but for a newline, which the kernel refuses."""
-    mounts = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified"))
-    mount = next(mount for mount in mounts if (mount / "cgroup.controllers").exists())
+    mount = cgroup_mount()
     name = longest(f"shoal{os.getpid()} {ODD}", ".service")
     with ExitStack() as stack:
         (mount / name).mkdir()
@@ -147,3 +156,68 @@ def test_a_mount_point_of_4095_bytes(tmp_path: Path) -> None:
             assert "shoal_filesystem_inodes" in labelled(scrape(), "mountpoint", place)
     finally:
         subprocess.run(["losetup", "--detach", loop], check=True)
+
+
+def test_a_pod_and_a_container_with_odd_names(tmp_path: Path) -> None:
+    """No API server gives such names; a directory of the kubelet's may have them, a newline and all."""
+    uid = "-".join(os.urandom(size).hex() for size in (4, 2, 2, 2, 6))
+    identity = os.urandom(32).hex()
+    namespace, pod, container = f"namespace {ODD}", f"pod {ODD} two\nlines", f"container {ODD}"
+    (tmp_path / "var/log/pods" / f"{namespace}_{pod}_{uid}" / container).mkdir(parents=True)
+    logs = tmp_path / "var/log/containers"
+    logs.mkdir()
+    (logs / f"{pod}_{namespace}_{container}-{identity}.log").touch()
+    slice_ = cgroup_mount() / f"kubepods-odd{os.getpid()}-pod{uid.replace('-', '_')}.slice"
+    scope = slice_ / f"cri-containerd-{identity}.scope"
+    with ExitStack() as stack:
+        slice_.mkdir()
+        stack.callback(slice_.rmdir)
+        scope.mkdir()
+        stack.callback(scope.rmdir)
+        scrape = stack.enter_context(exporter(f"--path.rootfs={tmp_path}"))
+        with subprocess.Popen(["unshare", "--net", "sleep", "60"]) as process:
+            (scope / "cgroup.procs").write_text(str(process.pid))
+            found = scrape()
+            process.kill()
+    whose = {("namespace", namespace), ("pod", pod)}
+    of_pod = {name for name, labels in found if whose <= labels}
+    of_container = {name for name, labels in found if {*whose, ("container", container)} <= labels}
+    assert "shoal_listen_queue_overflows_total" in of_pod
+    assert {"shoal_pressure_some_seconds_total", "shoal_delay_seconds_total"} <= of_container
+
+
+def test_devices_with_odd_names() -> None:
+    """A device's name has 15 bytes, any but blanks, slashes and colons."""
+    odd = ['"quoted"', "back\\slash\\n", '{a="b"},#', "🐟🐟🐟"]
+    lines = ["link set lo up"]
+    for number in range(len(odd)):
+        lines += [
+            f"link add d{number} type veth peer name p{number}",
+            f"link set p{number} up",
+            f"address add 10.81.{number}.1/24 dev d{number}",
+        ]
+    with subprocess.Popen(
+        ["unshare", "--net", "sh", "-c", "echo there; exec cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        try:
+            assert process.stdout
+            assert process.stdout.readline() == b"there\n"
+            inside = ["nsenter", "--net", f"--target={process.pid}"]
+            subprocess.run([*inside, "ip", "-batch", "-"], input="\n".join(lines), text=True, check=True)
+            for number, name in enumerate(odd):
+                for command in (
+                    ["link", "set", f"d{number}", "name", name],
+                    ["link", "set", name, "up"],
+                    ["neighbour", "add", f"10.81.{number}.2", "lladdr", "02:00:00:00:00:01", "dev", name],
+                ):
+                    subprocess.run([*inside, "ip", *command], check=True)
+            there = partial(open_in_namespace, "/proc", process.pid)
+            with running("shoal", [*inside, sys.executable, "-m", "shoal"], cwd=EXPORTER, there=there) as target:
+                target.scrape()
+        finally:
+            process.kill()
+    parse = FORMATS["application/openmetrics-text"]
+    samples = [sample for family in parse(target.text.decode()) for sample in family.samples]
+    assert not [one.labels for one in samples if one.name == "shoal_scrape_collector_success" and not one.value]
+    for metric in ("shoal_reverse_path_filter_mode", "shoal_neighbours_entries"):
+        assert {sample.labels["device"] for sample in samples if sample.name == metric} >= set(odd)

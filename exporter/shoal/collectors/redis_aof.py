@@ -235,6 +235,11 @@ _NUMBERS = (
     (CURRENT_COW, "current_cow_size", 1),
     (USED_MEMORY_RSS, "used_memory_rss", 1),
 )
+# What a server can say of itself, and nothing else: its answer becomes a label, and anyone can call himself a server.
+_POLICIES = (
+    ("appendfsync", frozenset({"always", "everysec", "no"})),
+    ("no-appendfsync-on-rewrite", frozenset({"yes", "no"})),
+)
 _STATES = ((LAST_WRITE_OK, "aof_last_write_status"), (LAST_REWRITE_OK, "aof_last_bgrewrite_status"))
 # Of the monitor's events those that belong to this failure, and those of the slow commands that look like it.
 _EVENTS = frozenset(
@@ -552,7 +557,7 @@ def _samples(labels: tuple[str, ...], reading: Reading) -> Iterator[Sample]:
 
 
 def _config(labels: tuple[str, ...], config: dict[str, str]) -> Iterator[Sample]:
-    policy = (config.get("appendfsync", ""), config.get("no-appendfsync-on-rewrite", ""))
+    policy = tuple(config[name] if config.get(name) in values else "" for name, values in _POLICIES)
     if any(policy):
         yield CONFIG_INFO, (*labels, *policy), 1
     threshold = number(config, "latency-monitor-threshold")

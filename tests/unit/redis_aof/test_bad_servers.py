@@ -226,6 +226,24 @@ async def test_numbers_that_are_none(pretend: Pretend, watch: Watch) -> None:
         assert found["shoal_redis_aof_enabled"] == {(name, *UNOWNED): 1}
 
 
+@pytest.mark.parametrize("odd", ['"quoted"', "two\nlines", "🐟", "always ", "x" * 4096])
+async def test_words_that_are_no_setting(pretend: Pretend, watch: Watch, odd: str) -> None:
+    """What a server calls its settings is a label only if it is one that there is; a directory is none in any case."""
+
+    def config(policy: str) -> bytes:
+        words = ("appendfsync", policy, "no-appendfsync-on-rewrite", "yes", "dir", odd)
+        return b"*6\r\n" + b"".join(bulk(word.encode()) for word in words)
+
+    name = await pretend(but(config=config("always")))
+    watching = await watch(f"redis://{name}")
+    assert (await watching.scrape())["shoal_redis_config_info"] == {(name, *UNOWNED, "always", "yes"): 1}
+    name = await pretend(but(config=config(odd)))
+    watching = await watch(f"redis://{name}")
+    found = await watching.scrape()
+    assert found["shoal_redis_config_info"] == {(name, *UNOWNED, "", "yes"): 1}
+    assert not [labels for samples in found.values() for labels in samples if odd in labels]
+
+
 async def test_valkeys_sums_of_events(pretend: Pretend, watch: Watch) -> None:
     """Valkey 8.1 tells the sum and number of spikes too; events that are no business of this failure are left out."""
     rows = b"*3\r\n" + b"".join(

@@ -9,10 +9,15 @@ import socket
 import subprocess
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import pytest
+import redis
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
+from prometheus_client.parser import text_string_to_metric_families as parse_text
 
+from shoal.exposition import render
 from shoal.inventory import Owner
 from shoal.redis import server as server_module
 
@@ -20,6 +25,7 @@ if TYPE_CHECKING:
     from tests.unit.redis_aof.conftest import RealServer, StartRedis, Watch
 
 UNOWNED = ("", "", "", "")
+parse_openmetrics: Any = text_string_to_metric_families
 PASSWORD = "correct horse, battery staple"  # noqa: S105  (of a server that lives as long as a test)
 
 
@@ -127,6 +133,39 @@ async def test_what_a_rewrite_needs_is_foretold(start_redis: StartRedis, watch: 
     assert copied == pytest.approx(int(info["aof_last_cow_size"]), rel=0.25)
     found = await watching.scrape()
     assert found["shoal_redis_aof_last_cow_bytes"][labels] == int(info["aof_last_cow_size"])
+
+
+async def test_names_that_need_care(start_redis: StartRedis, watch: Watch, tmp_path: Path) -> None:
+    """The path that was asked for comes back as it is written; what clients and files are called is nowhere."""
+    odd = 'a "quoted", \\ and 🐟 } 1\\n'
+    path = tmp_path / odd
+    # A path has 107 bytes; the rest of the name is of as many as are left.
+    path /= "two\nlines" + "x" * (107 - len(os.fsencode(path)) - 10)
+    assert len(os.fsencode(path)) == 107
+    await asyncio.to_thread(path.parent.mkdir)
+    directory = tmp_path / f"data {odd}" / ("y" * 255) / ("z" * 255)
+    await asyncio.to_thread(directory.mkdir, parents=True)
+    options = ("--unixsocket", str(path), "--dir", str(directory))
+    await asyncio.to_thread(start_redis, *options, cli=("-s", str(path)), port=0)
+
+    def connect() -> redis.Redis:
+        client = redis.Redis(unix_socket_path=str(path), single_connection_client=True)
+        client.client_setname('"}' * 2048)
+        return client
+
+    client = await asyncio.to_thread(connect)
+    watching = await watch("unix://" + quote(str(path)))
+    families = await watching.scraper.scrape(["redis_aof"], 9.5)
+    assert await asyncio.to_thread(client.client_getname) == '"}' * 2048
+    await asyncio.to_thread(client.close)
+    for openmetrics, parse in ((True, parse_openmetrics), (False, parse_text)):
+        text = (render(families, openmetrics=openmetrics) + b"# EOF\n" * openmetrics).decode()
+        samples = [sample for family in parse(text) for sample in family.samples]
+        up = [sample for sample in samples if sample.name == "shoal_redis_up"]
+        assert [(sample.labels, sample.value) for sample in up] == [({"server": str(path)}, 1)]
+        values = {value for sample in samples for name, value in sample.labels.items() if name != "server"}
+        assert not [value for value in values if odd in value or '"' in value]
+        assert len([one for one in samples if one.labels.get("server") == str(path)]) > 20
 
 
 async def test_what_a_server_does_not_have_is_absent(start_redis: StartRedis, watch: Watch) -> None:
