@@ -37,6 +37,38 @@ print("up", flush=True)
 time.sleep(60)
 """
 
+# Each of the four counters of a namespace: a queue that overflows; then a client that never sees the server's SYN-ACK,
+# so that its requests stay half open, where cookies are off and where they are on.
+COUNTED = """
+import socket, subprocess, sys
+from pathlib import Path
+def run(*command):
+    subprocess.run(command, check=True)
+def connect(server, times):
+    for _ in range(times):
+        clients.append(socket.socket())
+        clients[-1].setblocking(False)
+        clients[-1].connect_ex(server.getsockname())
+clients = []
+run("ip", "link", "set", "lo", "up")
+cookies = Path("/proc/sys/net/ipv4/tcp_syncookies")
+connect(full := socket.create_server(("127.0.0.1", 8080), backlog=4), 12)
+run("nft", "add table ip t; add chain ip t c { type filter hook output priority 0; };"
+    "add rule ip t c tcp sport 8081 tcp flags & (syn | ack) == syn | ack drop")
+cookies.write_text("0")
+connect(half := socket.create_server(("127.0.0.1", 8081), backlog=4), 14)
+cookies.write_text("1")
+connect(half, 11)
+print("up", flush=True)
+sys.stdin.read()
+"""
+COUNTERS = {
+    "shoal_listen_queue_overflows_total": "TcpExtListenOverflows",
+    "shoal_listen_queue_drops_total": "TcpExtListenDrops",
+    "shoal_listen_queue_request_drops_total": "TcpExtTCPReqQFullDrop",
+    "shoal_listen_queue_request_cookies_total": "TcpExtTCPReqQFullDoCookies",
+}
+
 Samples = dict[str, dict[tuple[str, ...], float]]
 
 
@@ -112,6 +144,40 @@ def test_the_full_queue_is_told_by_its_own_series() -> None:
         assert 7 <= dropped <= overflows() - before
         assert of_port(found["shoal_listener_drops_total"], other) == 0
         assert of_port(found["shoal_listener_accept_queue_length"], other) == 3
+
+
+@pytest.mark.root
+def test_the_counters_of_a_namespace_are_those_of_nstat() -> None:
+    """Four numbers, none of them 0 or another's: what overflowed, what was dropped, what waited half open too long."""
+    name = f"shoal-nstat{os.getpid()}"
+    inside = ["ip", "netns", "exec", name]
+    with ExitStack() as stack:
+        subprocess.run(["ip", "netns", "add", name], check=True)
+        stack.callback(subprocess.run, ["ip", "netns", "delete", name], check=True)
+        pipe = subprocess.PIPE
+        process = stack.enter_context(
+            subprocess.Popen([*inside, sys.executable, "-c", COUNTED], stdin=pipe, stdout=pipe, text=True)
+        )
+        stack.callback(process.kill)
+        assert process.stdout
+        assert process.stdout.readline() == "up\n"
+        # Who is not answered asks again after a second, so both are read until nothing came in between.
+        for _ in range(50):
+            before = nstat(*inside)
+            found = scrape(collector())
+            if before == nstat(*inside):
+                break
+    ours = {metric: found[metric][name, "", "", "", ""] for metric in COUNTERS}
+    assert ours == {metric: before[counter] for metric, counter in COUNTERS.items()}
+    assert all(ours.values())
+    assert len(set(ours.values())) == len(ours)
+
+
+def nstat(*inside: str) -> dict[str, int]:
+    """Return the counters as nstat reads them."""
+    command = [*inside, "nstat", "-asz", *COUNTERS.values()]
+    rows = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    return {name: int(value) for name, value, _ in (row.split() for row in rows if not row.startswith("#"))}
 
 
 def test_a_shared_port_is_one_series_that_never_falls() -> None:

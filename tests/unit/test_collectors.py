@@ -232,6 +232,28 @@ def test_each_counter_of_a_namespace_is_its_own(tmp_path: Path) -> None:
     assert found["shoal_listen_queue_request_cookies_total"][host] == 14
 
 
+def test_a_counter_of_a_pod_that_has_nothing_to_tell(tmp_path: Path) -> None:
+    """The host's counters begin at 0; of a pod, those that no alert waits for are there once they are not 0."""
+    roots = copy_of("6.1", tmp_path)
+    told = {
+        ("ephemeral_ports", "shoal_tcp_time_wait_overflows_total"): "TCPTimeWaitOverflow",
+        ("listen_queue", "shoal_listen_queue_request_drops_total"): "TCPReqQFullDrop",
+        ("listen_queue", "shoal_listen_queue_request_cookies_total"): "TCPReqQFullDoCookies",
+    }
+    for (name, metric), counter in told.items():
+        host, pod = ("host", "", "", "", ""), ("pod", "batch", "reports-0", "", "")
+        before = read(name, roots)[0][metric]
+        assert before[host] == 0
+        assert not [labels for labels in before if labels[0] == "pod"]
+        (space,) = [space for space in Node(roots).network_namespaces() if space.labels == pod]
+        path = Path(roots.proc, str(space.pid), "net", "netstat")
+        names, values, *rest = path.read_text().splitlines()
+        numbers = values.split()
+        numbers[names.split().index(counter)] = "3"
+        path.write_text("\n".join([names, " ".join(numbers), *rest]) + "\n")
+        assert read(name, roots)[0][metric] == before | {pod: 3}
+
+
 def test_conntrack_of_a_recorded_node() -> None:
     """Count and limit are those of the files; statistics come over netlink from this machine, or with a reason."""
     found, reasons = read("conntrack", roots_of("6.1"))

@@ -159,6 +159,23 @@ def test_ports_used_up_by_time_wait() -> None:
 
 
 @pytest.mark.root
+def test_sockets_that_find_no_place_in_time_wait() -> None:
+    """With room for 20 in TIME_WAIT the others are closed without it and counted, as `nstat` and `ss` have it."""
+    with pair(server="close") as two:
+        two.sysctl("net.ipv4.tcp_max_tw_buckets=20")
+        _, said = two.start(two.client, CLIENT, "60", "close", *two.addresses)
+        assert said == "60 all"
+        found, _ = scrape()
+        counter = "TcpExtTCPTimeWaitOverflow"
+        by_nstat = run("ip", "netns", "exec", two.client, "nstat", "-asz", counter).splitlines()[-1].split()[1]
+        waiting = [line for line in two.client_sockets() if line.startswith("TIME-WAIT")]
+        labels = (two.client, "", "", "", "")
+        assert len(waiting) == 20
+        assert found["shoal_tcp_time_wait_overflows_total"][labels] == int(by_nstat) == 40
+        assert found["shoal_tcp_time_wait_sockets"][labels] == 20
+
+
+@pytest.mark.root
 def test_reserved_ports_are_not_available() -> None:
     """The kernel never hands out a reserved port, so the end comes earlier, at exactly what is exported."""
     with pair() as two:
