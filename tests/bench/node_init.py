@@ -163,14 +163,16 @@ class Node:
             "route add default via 169.254.1.1 dev eth0",
             f"neighbour add 169.254.1.1 lladdr {_GATEWAY_MAC} dev eth0 nud permanent",
         )
+        # Its writing end is closed when the last of them has become what it runs.
+        running, starting = os.pipe()
         for number in range(SANDBOX, pod.containers):
             _fork(lambda number=number: self._run_container(pod, number))  # type: ignore[misc]
+        os.close(starting)
+        os.read(running, 1)
 
     def _run_container(self, pod: Pod, number: int) -> NoReturn:
         """Become a container: one that listens, unless it is the sandbox."""
         self._enter_cgroup(pod.cgroup(number))
-        # However nice the test is: who waits at a nice value above 0 is told apart.
-        os.setpriority(os.PRIO_PROCESS, 0, 0)
         if number >= 0:
             # `sleep` inherits it and never accepts, and nobody connects.
             os.set_inheritable(socket.create_server(("", _FIRST_PORT + number)).detach(), True)  # noqa: FBT003  (its API)
@@ -287,6 +289,8 @@ def _send(pod: Pod, flows: int) -> None:
 
 def main() -> None:
     """Build, then follow orders until there are no more."""
+    # However nice the caller is: who waits at a nice value above 0 is told apart.
+    os.setpriority(os.PRIO_PROCESS, 0, 0)
     mount, cgroup, pods, containers = sys.argv[1:]
     node = Node(mount, cgroup, int(pods), int(containers))
     _say(node.build())
