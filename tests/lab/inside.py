@@ -7,6 +7,8 @@ Prometheus before it moves; then caused; each is confirmed and cured when its pa
 from __future__ import annotations
 
 import asyncio
+import gzip
+import json
 import re
 import shutil
 import subprocess
@@ -255,6 +257,28 @@ class Lab:
             (one for one in stack.pages() if one.status == status and one.at >= since and one.is_about(labels)), None
         )
 
+    def keep_series(self, stack: Stack, file: Path, seconds: float) -> None:
+        """Write every series that Prometheus has of so many seconds, and when each failure was caused, paged and cured.
+
+        The dashboards are tested with it: `tests/grafana/recorded.py` takes it over.
+        """
+        moments = {
+            case.fault.name: {
+                "number": case.fault.number,
+                "alert": case.fault.alert,
+                "culprit": case.culprit.labels,
+                "caused": case.caused_at,
+                "paged": case.caused_at + (case.outcome.seconds_to_page or 0),
+                "cured": case.cured_at,
+            }
+            for case in self.cases
+            if case.outcome.detected
+        }
+        kept = {"step": self.pace.interval, "faults": moments, "series": stack.series(seconds, self.pace.interval)}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with gzip.open(file, "wt", encoding="utf-8") as out:
+            json.dump(kept, out)
+
     def tell(self, stack: Stack) -> None:
         """Say what has arrived since the last time."""
         pages = stack.pages()
@@ -407,6 +431,7 @@ def main(names: Sequence[str], pace: Pace, *, output: Path) -> int:
         with stage(faults, pace.interval) as (node, stack, scene):
             _say("exporter, Prometheus and Alertmanager answer")
             lab.run(node, stack, scene)
+            lab.keep_series(stack, output / f"{KERNEL}.series.json.gz", time.monotonic() - began)
     finally:
         keep_logs(output / f"{KERNEL}.logs")
     report = Report(KERNEL, time.monotonic() - began, list(lab.outcomes.values()), lab.problems)

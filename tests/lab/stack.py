@@ -116,15 +116,22 @@ class Stack:
         answer = json.loads(_fetch("prometheus", f"/api/v1/query?{urllib.parse.urlencode({'query': expression})}"))
         return list(answer["data"]["result"])
 
+    def series(self, seconds: float, step: int) -> list[dict[str, Any]]:
+        """Return every series of the last so many seconds: [{"metric": ..., "values": [[time, text], ...]}, ...]."""
+        now = time.time()
+        asked = {"query": '{__name__=~".+"}', "start": now - seconds, "end": now, "step": step}
+        answer = json.loads(_fetch("prometheus", f"/api/v1/query_range?{urllib.parse.urlencode(asked)}", timeout=600))
+        return list(answer["data"]["result"])
+
     def rules(self) -> list[dict[str, Any]]:
         """Return every rule that Prometheus has loaded, with its health."""
         answer = json.loads(_fetch("prometheus", "/api/v1/rules"))
         return [rule for group in answer["data"]["groups"] for rule in group["rules"]]
 
 
-def _fetch(program: str, path: str) -> bytes:
+def _fetch(program: str, path: str, timeout: float = 30) -> bytes:
     url = f"http://{_HOST}:{PORTS[program]}{path}"
-    with urllib.request.urlopen(url, timeout=30) as answer:
+    with urllib.request.urlopen(url, timeout=timeout) as answer:
         return bytes(answer.read())
 
 
