@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from grafana.failures import FAILURES, Failure, Level, levels
@@ -71,21 +72,27 @@ def node() -> dashboards.Dashboard:
         board = board.with_panel(panel.id(number))
     for failure in FAILURES:
         board = board.with_row(row(f"{failure.title} (failure {failure.number})"))
-        first, second, *evidence = _PANELS[failure.number]()
+        first, second, *evidence = _PANELS[failure.number](_unseen(failure))
         board = board.with_panel(first.id(200 + failure.number)).with_panel(second.id(300 + failure.number))
         for place, panel in enumerate(evidence):
             board = board.with_panel(panel.id(evidence_panel(failure) + 300 * place))
     return board
 
 
-def _who(*columns: Column, title: str, description: str, sort: str, empty: str = "", span: int = 12) -> table.Panel:
+def _unseen(failure: Failure) -> str:
+    """Ask which of the signals that show a failure are not available, and why."""
+    signals = "|".join(failure.signals)
+    return f'max by (signal, reason) (node:shoal_signal_available:max{{{HERE},signal=~"{signals}",reason!=""}}) == 0'
+
+
+def _who(*columns: Column, title: str, description: str, sort: str, unseen: str, empty: str = "") -> table.Panel:
     """Make the table of the workloads behind a failure, each of which leads to its own dashboard."""
     return rows(
         title,
         description,
         columns,
         sort=sort,
-        span=span,
+        unseen=unseen,
         links=dict.fromkeys(WHO, _WORKLOAD),
         empty=empty or "No workload has such a signal on this node.",
     )
@@ -158,7 +165,7 @@ def _overview() -> Panels:
     ]
 
 
-def _run_queue() -> Panels:
+def _run_queue(unseen: str) -> Panels:
     return [
         chart(
             "CPU in use",
@@ -203,11 +210,12 @@ def _run_queue() -> Panels:
             "small. Not stopped, and a small part of the node's CPU: a neighbour holds it, the one with "
             "the largest part. Normal: waits below 0.2.",
             sort="waits",
+            unseen=unseen,
         ),
     ]
 
 
-def _memory_high() -> Panels:
+def _memory_high(unseen: str) -> Panels:
     return [
         chart(
             "Memory in use, of the limit",
@@ -251,11 +259,12 @@ def _memory_high() -> Panels:
             description="Times that the kernel throttled the workload at memory.high, and the setting. Events without"
             " waiting are harmless: a workload that only fills page cache. Normal: none.",
             sort="throttled, 5 min",
+            unseen=unseen,
         ),
     ]
 
 
-def _oom() -> Panels:
+def _oom(unseen: str) -> Panels:
     return [
         chart(
             "Memory that cannot be reclaimed, of the limit",
@@ -297,11 +306,12 @@ def _oom() -> Panels:
             description="Below 100 % of its own, an ancestor's limit bites first: the pod's or the slice's. The open "
             "question of a kill at half the limit is answered here. Normal: 100 %.",
             sort="not reclaimable",
+            unseen=unseen,
         ),
     ]
 
 
-def _code_eviction() -> Panels:
+def _code_eviction(unseen: str) -> Panels:
     return [
         chart(
             "Memory in use, of the limit",
@@ -345,11 +355,12 @@ def _code_eviction() -> Panels:
             description="Pages evicted and read again soon after. Refaults alone are a scan of a large file, major "
             "faults alone a cold start; both at the limit are this failure. Normal: neither.",
             sort="major faults/s",
+            unseen=unseen,
         ),
     ]
 
 
-def _waiting() -> Panels:
+def _waiting(unseen: str) -> Panels:
     return [
         chart(
             "Time in which nothing on the node could run",
@@ -393,11 +404,12 @@ def _waiting() -> Panels:
             "10 ms on a spinning disk and under 1 ms on flash. Locks, timers and peers are in no kernel "
             "counter and so not here.",
             sort="wait for I/O",
+            unseen=unseen,
         ),
     ]
 
 
-def _inodes() -> Panels:
+def _inodes(unseen: str) -> Panels:
     free = "filesystem:shoal_filesystem_inodes_free_per_inodes:ratio"
     return [
         chart(
@@ -435,12 +447,13 @@ def _inodes() -> Panels:
             description="Files in each container's writable layer, and their part of all inodes in use on that file "
             "system. Volumes are not in it. Normal: a few thousand.",
             sort="files",
+            unseen=unseen,
             empty="No writable layer has been counted on this node.",
         ),
     ]
 
 
-def _redis() -> Panels:
+def _redis(unseen: str) -> Panels:
     name = "{{server}} {{namespace}} {{pod}}"
     by = ("server", *WHO)
     return [
@@ -491,12 +504,13 @@ def _redis() -> Panels:
             " that its workload waited for I/O, and what a rewrite needs of its memory limit. Normal: 0, "
             "under 200 ms, under 2 %, under 95 %.",
             sort="slow PINGs",
+            unseen=unseen,
             empty="No server is watched (--redis.target, --redis.discover).",
         ),
     ]
 
 
-def _listen_queue() -> Panels:
+def _listen_queue(unseen: str) -> Panels:
     by = ("address", "port", *WHO)
     fill = "listener:shoal_listener_accept_queue_length_per_limit:ratio"
     return [
@@ -540,6 +554,7 @@ def _listen_queue() -> Panels:
             "application's backlog and somaxconn. A limit of 128 is a default that nobody chose. Normal: "
             "no drops.",
             sort="dropped, 5 min",
+            unseen=unseen,
             empty="No listener is known: those inside pods need --netns.enter.",
         ),
     ]
@@ -550,7 +565,7 @@ def _some(severity: str) -> tuple[Level, ...]:
     return (Level(severity, 1e-9),)
 
 
-def _conntrack() -> Panels:
+def _conntrack(unseen: str) -> Panels:
     fill = "netns:shoal_conntrack_entries_per_limit:ratio"
     owner, target = (
         "owner:shoal_conntrack_owner_entries_per_limit:ratio",
@@ -582,15 +597,18 @@ def _conntrack() -> Panels:
         _who(
             Column(
                 "of the limit",
-                _of(owner, ("direction", *_NETNS)),
+                f"{_of(owner, ('direction', *_NETNS))}\nor\n"
+                f'label_replace({_of(fill, _NETNS)}, "direction", "own table", "", "")',
                 "percentunit",
                 levels(owner, "ShoalConntrackTopOwner"),
             ),
-            title="Who fills the table",
-            description="Entries of the host's table by the workload that opened them (from) or answers them (to), of"
-            " the limit. Normal: nobody has much more than its part.",
+            title="Whose table is full, and who fills the host's",
+            description="Own table: that of a network namespace. Entries of the host's by the workload that opened "
+            "them (from) or answers them (to). All of the one limit, which each table has for itself. Normal: nobody "
+            "has much more than its part.",
             sort="of the limit",
-            empty="Nothing is tracked in the host's table, or there is no dump of it (CAP_NET_ADMIN).",
+            unseen=unseen,
+            empty="Nothing is tracked, or it cannot be read.",
         ),
         rows(
             "Where they lead to",
@@ -612,7 +630,7 @@ def _conntrack() -> Panels:
     ]
 
 
-def _dead_backend() -> Panels:
+def _dead_backend(unseen: str) -> Panels:
     stale = "backend:shoal_conntrack_stale_entries:max"
     by = ("protocol", "destination", "destination_port", "backend", "reason")
     return [
@@ -649,12 +667,13 @@ def _dead_backend() -> Panels:
             "are not known in full. backend_silent: a rule leads there and it does not answer. Normal: none.",
             [Column("connections", _of(stale, by), decimals=0)],
             sort="connections",
+            unseen=unseen,
             empty="No connection is sent to a backend in vain, or there is no dump of the table (CAP_NET_ADMIN).",
         ),
     ]
 
 
-def _ports(*, time_wait: bool) -> Panels:
+def _ports(unseen: str, *, time_wait: bool) -> Panels:
     used, waiting = (
         "tuple:shoal_ephemeral_ports_used_per_available:ratio",
         "tuple:shoal_ephemeral_ports_time_wait_per_used:ratio",
@@ -720,12 +739,13 @@ def _ports(*, time_wait: bool) -> Panels:
             )
             + "Normal: far from 80 %.",
             sort="in use",
+            unseen=unseen,
             empty="No namespace has enough sockets to matter; those inside pods need --netns.enter.",
         ),
     ]
 
 
-def _reverse_path() -> Panels:
+def _reverse_path(unseen: str) -> Panels:
     drops = "netns:shoal_reverse_path_drops:increase5m"
     return [
         chart(
@@ -748,26 +768,32 @@ def _reverse_path() -> Panels:
             levels=levels(drops, "ShoalReversePathDrops"),
             links=_LINE,
         ),
-        rows(
-            "Which device, and how many peers",
-            "Peers whose route back leaves by another device than the strict one that they talk to, and those of them"
-            " that do not answer. Mode 1 is strict, 2 is loose. Normal: no such peers.",
-            [
-                Column("peers", _of("device:shoal_reverse_path_asymmetric_peers:max", ("device",)), decimals=0),
-                Column(
-                    "do not answer",
-                    _of("device:shoal_reverse_path_unanswered_peers:max5m", ("device",)),
-                    levels=_some("critical"),
-                    decimals=0,
-                ),
-                Column("mode", f"max by (device) (shoal_reverse_path_filter_mode{{{HERE}}})", decimals=0),
-            ],
-            sort="peers",
+        _who(
+            Column(
+                "dropped, 5 min",
+                f"{_of(drops, _NETNS)} > 0",
+                levels=levels(drops, "ShoalReversePathDrops"),
+                decimals=0,
+            ),
+            Column("peers", _of("device:shoal_reverse_path_asymmetric_peers:max", ("device",)), decimals=0),
+            Column(
+                "do not answer",
+                _of("device:shoal_reverse_path_unanswered_peers:max5m", ("device",)),
+                levels=_some("critical"),
+                decimals=0,
+            ),
+            Column("mode", f"max by (device) (shoal_reverse_path_filter_mode{{{HERE}}})", decimals=0),
+            title="Where they are dropped, by which device, and how many peers",
+            description="Network namespaces that drop, and the host's devices: peers whose route back leaves by "
+            "another device than the strict one that they talk to, and those of them that do not answer. Mode 1 is "
+            "strict, 2 is loose. Normal: no such peers.",
+            sort="dropped, 5 min",
+            unseen=unseen,
         ),
     ]
 
 
-def _neighbours() -> Panels:
+def _neighbours(unseen: str) -> Panels:
     by = ("device", "address")
     return [
         chart(
@@ -809,6 +835,7 @@ def _neighbours() -> Panels:
                 Column("confirmed", f"max by (device, address) (shoal_neighbour_confirmation_seconds{{{HERE}}})", "s"),
             ],
             sort="wrong answers",
+            unseen=unseen,
         ),
     ]
 
@@ -824,8 +851,8 @@ _PANELS: Final = {
     2: _listen_queue,
     9: _conntrack,
     12: _dead_backend,
-    13: lambda: _ports(time_wait=False),
-    14: lambda: _ports(time_wait=True),
+    13: partial(_ports, time_wait=False),
+    14: partial(_ports, time_wait=True),
     3: _reverse_path,
     11: _neighbours,
 }

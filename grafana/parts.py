@@ -224,11 +224,14 @@ def rows(  # noqa: PLR0913  (what a panel has)
     hide: Sequence[str] = (),
     same_rows: bool = False,
     sort: str = "",
+    unseen: str = "",
     span: int = 12,
     height: int = 7,
     empty: str = "Nothing to show: no such signal on this node, or nothing happened.",
 ) -> table.Panel:
     """Make a table: a row for each set of labels, a column for each query, the worst first. `links` is by column.
+
+    `unseen` asks for signals that are not available: each is a row with the reason, and no values.
 
     Grafana names a column after its query only if another query has an answer too, and joins rows by the labels that
     all answers have. So every query has every row, with -1 (shown as a dash) where there is nothing, unless
@@ -251,19 +254,22 @@ def rows(  # noqa: PLR0913  (what a panel has)
     if len(columns) > 1 and not same_rows:
         every = "\nor\n".join(f"({column.expr})" for column in columns)
         fill = f"\nor\n-1 * group by ({', '.join(_labels(columns))}) (\n{every}\n)"
+    if unseen:
+        fill += f"\nor\n({unseen}) - 1"
     for ref, column in zip(refs, columns, strict=True):
         query = _query(ref, f"({column.expr}){fill}" if fill else column.expr).instant().format(PromQueryFormat.TABLE)
         panel = panel.with_target(query)
         # Grafana calls the value of an only query by the one name and those of several by the other.
         renamed["Value" if len(columns) == 1 else f"Value #{ref}"] = column.name
     incoming = {column: name for name, column in renamed.items()}
+    labels = (*_labels(columns), *(("signal", "reason") if unseen else ()), *renamed)
     panel = panel.with_transformation(models.DataTransformerConfig("merge", options={})).with_transformation(
         models.DataTransformerConfig(
             "organize",
             options={
                 "excludeByName": dict.fromkeys(("Time", *(incoming.get(name, name) for name in hide)), True),
                 "renameByName": renamed,
-                "indexByName": {name: place for place, name in enumerate((*_labels(columns), *renamed))},
+                "indexByName": {name: place for place, name in enumerate(dict.fromkeys(labels))},
             },
         )
     )

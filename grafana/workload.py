@@ -306,6 +306,7 @@ def _connections() -> Panels:
     drops = "netns:shoal_listen_queue_overflows:increase5m"
     used = "tuple:shoal_ephemeral_ports_used_per_available:ratio"
     waiting = "tuple:shoal_ephemeral_ports_time_wait_per_used:ratio"
+    filtered = "netns:shoal_reverse_path_drops:increase5m"
     return [
         chart(
             "Its accept queues in use",
@@ -359,14 +360,20 @@ def _connections() -> Panels:
             empty="Too few sockets to matter, or they are inside a pod and need --netns.enter.",
         ),
         chart(
-            "Its connections in the node's tracking table",
-            "Of the limit, by direction: opened by it (from) or answered by it (to). Normal: no more than its part.",
-            [Line(f"owner:shoal_conntrack_owner_entries_per_limit:ratio{{{NETNS}}}", "{{direction}} {{pod}}{{unit}}")],
+            "Its connections in tracking tables",
+            "Of the limit: in the host's table opened by it (from) or answered by it (to), and all in its own. "
+            "Normal: no more than its part.",
+            [
+                Line(
+                    f"owner:shoal_conntrack_owner_entries_per_limit:ratio{{{NETNS}}}", "{{direction}} {{pod}}{{unit}}"
+                ),
+                Line(f"netns:shoal_conntrack_entries_per_limit:ratio{{{NETNS}}}", "own table {{pod}}{{unit}}"),
+            ],
             unit="percentunit",
             colour=UTILISATION,
             span=8,
             levels=levels("owner:shoal_conntrack_owner_entries_per_limit:ratio", "ShoalConntrackTopOwner"),
-            empty="It is not among the ten that have most, or there is no dump of the table (CAP_NET_ADMIN).",
+            empty="It is not among the ten that have most, or there is no dump of the host's table (CAP_NET_ADMIN).",
         ),
         rows(
             "Its ports, by destination",
@@ -381,5 +388,15 @@ def _connections() -> Panels:
             sort="in use",
             span=8,
             empty="Too few sockets to matter, or they are inside a pod and need --netns.enter.",
+        ),
+        chart(
+            "Packets dropped by the reverse-path filter, 5 min",
+            "Of its network namespace: packets whose source is routed back by another device. Normal: a handful.",
+            [Line(f"{filtered}{{{NETNS}}}", "{{netns}} {{pod}}{{unit}}")],
+            unit="short",
+            colour=SATURATION,
+            span=24,
+            height=6,
+            levels=levels(filtered, "ShoalReversePathDrops"),
         ),
     ]
