@@ -1,10 +1,11 @@
-"""One Prometheus for all tests of the dashboards: filling it takes half a minute."""
+"""One Prometheus of each kind for all tests of the dashboards: filling one takes half a minute."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import pytest
+from tests.grafana.recorded import RECORDINGS, STEP
 from tests.grafana.sick import MINUTES, fleet
 from tests.grafana.stored import serve
 
@@ -17,5 +18,15 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="session")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """A Prometheus that holds the sick fleet, with what the rules make of it."""
-    with serve(tmp_path_factory.mktemp("prometheus"), fleet(), MINUTES) as server:
+    with serve(tmp_path_factory.mktemp("prometheus"), fleet(), MINUTES * 60) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    """A Prometheus that holds what the fault lab recorded, with what the rules make of it."""
+    samples = [sample for recording in RECORDINGS for sample in recording.samples()]
+    seconds = max(recording.seconds for recording in RECORDINGS)
+    # In the lab an alert waits for three evaluations, so that a run takes minutes.
+    with serve(tmp_path_factory.mktemp("lab"), samples, seconds, step=STEP, wait=3 * STEP) as server:
         yield server

@@ -20,7 +20,7 @@ def main() -> None:
     """Draw them."""
     with (
         tempfile.TemporaryDirectory(prefix="shoal-pictures-") as directory,
-        serve(Path(directory), fleet(), MINUTES) as server,
+        serve(Path(directory), fleet(), MINUTES * 60) as server,
     ):
         PICTURES.mkdir(exist_ok=True)
         for name, chosen, rows in (

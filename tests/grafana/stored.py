@@ -29,25 +29,31 @@ END: Final = 1_790_000_040 - 1_790_000_040 % STEP
 """The moment of the last sample."""
 
 
-def write(samples: Iterable[Sample]) -> str:
-    """Write series as OpenMetrics, one sample a minute, the last of them at END."""
+def write(samples: Iterable[Sample], step: int = STEP) -> str:
+    """Write series as OpenMetrics, a sample each so many seconds, the last of them at END."""
     lines: list[str] = []
     for name, labels, values in samples:
         head = name + _labels(labels)
-        start = END - STEP * (len(values) - 1)
-        lines += [f"{head} {value!r} {start + STEP * place}" for place, value in enumerate(values) if value == value]  # noqa: PLR0124  (none there)
+        start = END - step * (len(values) - 1)
+        lines += [f"{head} {value!r} {start + step * place}" for place, value in enumerate(values) if value == value]  # noqa: PLR0124  (none there)
     return "\n".join([*lines, "# EOF", ""])
 
 
 @contextlib.contextmanager
-def serve(directory: Path, samples: Iterable[Sample], minutes: int) -> Iterator[Prometheus]:
-    """Run a Prometheus with these series and all that the rules make of them."""
-    _store(directory, write(samples))
+def serve(
+    directory: Path, samples: Iterable[Sample], seconds: int, *, step: int = STEP, wait: int | None = None
+) -> Iterator[Prometheus]:
+    """Run a Prometheus with these series and all that the rules make of them.
+
+    `step` is between two samples of a series, and between two evaluations; `wait` is what every alert's `for` is, if it
+    is not as in the rules. Both are in seconds.
+    """
+    _store(directory, write(samples, step))
     for layer in _layers():
-        with _running(directory) as server:
-            text = "\n".join([*_evaluated(server, layer, minutes), "# EOF", ""])
+        with _running(directory, step) as server:
+            text = "\n".join([*_evaluated(server, layer, seconds, step, wait), "# EOF", ""])
         _store(directory, text)
-    with _running(directory) as server:
+    with _running(directory, step) as server:
         yield server
 
 
@@ -78,7 +84,7 @@ def _store(directory: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def _running(directory: Path) -> Iterator[Prometheus]:
+def _running(directory: Path, step: int = STEP) -> Iterator[Prometheus]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -89,6 +95,8 @@ def _running(directory: Path) -> Iterator[Prometheus]:
                 f"--config.file={directory / 'prometheus.yml'}",
                 f"--storage.tsdb.path={directory / 'data'}",
                 "--storage.tsdb.retention.time=100y",
+                # A series that ends does so at once where it was scraped; the mark of that cannot be stored.
+                f"--query.lookback-delta={min(5 * step, 300)}s",
                 f"--web.listen-address=127.0.0.1:{port}",
             ],
             stdout=log,
@@ -135,15 +143,17 @@ def _layers() -> list[list[dict[str, Any]]]:
     return [layers[place] for place in sorted(layers)]
 
 
-def _evaluated(server: Prometheus, layer: list[dict[str, Any]], minutes: int) -> Iterator[str]:
+def _evaluated(
+    server: Prometheus, layer: list[dict[str, Any]], seconds: int, step: int, wait: int | None
+) -> Iterator[str]:
     for rule in layer:
-        for series in server.range(rule["expr"], END - STEP * minutes, END, STEP):
+        for series in server.range(rule["expr"], END - seconds, END, step):
             labels = {**series.labels, **rule.get("labels", {})}
             points = series.points
             name = rule.get("record", "ALERTS")
             if "alert" in rule:
                 labels |= {"alertname": rule["alert"], "alertstate": "firing"}
-                points = _firing(series, _seconds(rule["for"]))
+                points = _firing(series, _seconds(rule["for"]) if wait is None else wait, step)
             yield from (f"{name}{_labels(labels)} {value!r} {at:.0f}" for at, value in points)
 
 
@@ -151,11 +161,11 @@ def _seconds(duration: str) -> int:
     return int(duration[:-1]) * {"s": 1, "m": 60, "h": 3600}[duration[-1]]
 
 
-def _firing(series: Series, wait: int) -> list[tuple[float, float]]:
+def _firing(series: Series, wait: int, step: int) -> list[tuple[float, float]]:
     """Return when an alert fires that is true at these points."""
     firing, since, last = [], 0.0, 0.0
     for at, _ in series.points:
-        since = at if at - last > STEP else since
+        since = at if at - last > step else since
         last = at
         if at - since >= wait:
             firing.append((at, 1.0))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from typing import TYPE_CHECKING, Final
 
 import pytest
 from grafana.failures import FAILURES, Failure
-from grafana.reader import ALL, Answer, Dashboard
+from tests.grafana.clicks import follow, links_of, opened, panel, shown, tells, titled
 from tests.grafana.sick import (
     ALONE,
     BUSY,
@@ -30,15 +29,13 @@ from tests.grafana.test_dashboards import BOARDS, links
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from grafana.reader import Prometheus, Table
+    from grafana.reader import Dashboard, Prometheus
 
 pytestmark = pytest.mark.timeout(
     600
 )  # filling Prometheus takes half a minute alone, and minutes on a machine that is busy
 
 _SECONDS: Final = MINUTES * 60
-_DATA: Final = re.compile(r"\$\{__data\.fields\.(\w+)(?::percentencode)?\}")
-_VARIABLE: Final = re.compile(r"\$\{(\w+):(percentencode|queryparam)\}")
 # What the evidence of each failure has to name: a column and what stands there.
 CULPRITS: Final = {
     1: ("pod", QUEUE["pod"]),
@@ -56,51 +53,6 @@ CULPRITS: Final = {
     13: ("destination", "10.0.8.30"),
     14: ("destination", "10.0.8.30"),
 }
-
-
-def opened(name: str, **chosen: str) -> Dashboard:
-    """Open a dashboard with these choices."""
-    return Dashboard(BOARDS[name].content, chosen)
-
-
-def panel(board: Dashboard, number: int) -> dict[str, Any]:
-    """Return a panel by its id."""
-    return next(one for one in board.panels() if one["id"] == number)
-
-
-def shown(board: Dashboard, which: dict[str, Any], server: Prometheus) -> Table:
-    """Return what a table shows."""
-    return board.table(which, board.ask(which, server, END, _SECONDS))
-
-
-def tells(answer: Answer) -> bool:
-    """Tell whether a query has something to show, and not only -1 for the rows that others have."""
-    return any(value != -1 for series in answer.series for _, value in series.points)
-
-
-def titled(board: Dashboard, title: str) -> dict[str, Any]:
-    """Return a panel by its title."""
-    return next(one for one in board.panels() if one["title"] == title)
-
-
-def follow(board: Dashboard, address: str, row: dict[str, str]) -> tuple[Dashboard, int]:
-    """Click on a link in a row: return the dashboard as it opens, and the panel that it shows alone (0: all)."""
-    values = board.chosen
-    address = _DATA.sub(lambda match: quote(str(row.get(match[1], "")), safe=""), address)
-    address = _VARIABLE.sub(
-        lambda match: (
-            quote(values.get(match[1], ALL), safe="")
-            if match[2] == "percentencode"
-            else f"var-{match[1]}={quote(values.get(match[1], ''), safe='')}"
-        ),
-        address,
-    ).replace("${__url_time_range}", "from=now-1h&to=now")
-    assert "$" not in unquote(address).replace(ALL, "")
-    parts = urlsplit(address)
-    # What a row does not have is empty in the address, and Grafana (11 and newer) keeps it so until a person chooses.
-    query = {key: value[0] for key, value in parse_qs(parts.query, keep_blank_values=True).items()}
-    chosen = {key.removeprefix("var-"): value for key, value in query.items() if key.startswith("var-")}
-    return opened(parts.path.split("/")[2], **chosen), int(query.get("viewPanel", 0))
 
 
 @pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: f"{failure.number}-{failure.column}")
@@ -127,7 +79,7 @@ def test_three_clicks_to_the_culprit(stored: Prometheus, failure: Failure) -> No
         if (row.get("cluster"), row["node"]) == ("east", node_of(failure.number))
     )
     assert row[failure.column] >= 2
-    (address,) = _links_of(grid, failure.column)
+    (address,) = links_of(grid, failure.column)
     node, number = follow(fleet, address, row)
     evidence = panel(node, number)
     column, culprit = CULPRITS[failure.number]
@@ -135,7 +87,7 @@ def test_three_clicks_to_the_culprit(stored: Prometheus, failure: Failure) -> No
     assert named, shown(node, evidence, stored).rows
     if column != "pod":
         return
-    (address,) = _links_of(evidence, "pod")
+    (address,) = links_of(evidence, "pod")
     workload, _ = follow(node, address, named[0])
     assert any(
         series.points
@@ -145,17 +97,6 @@ def test_three_clicks_to_the_culprit(stored: Prometheus, failure: Failure) -> No
     )
     firing = shown(workload, titled(workload, "What fires for it"), stored).rows
     assert {row["alertname"] for row in firing} & set(failure.alerts)
-
-
-def _links_of(which: dict[str, Any], column: str) -> list[str]:
-    return [
-        link["url"]
-        for override in which["fieldConfig"]["overrides"]
-        if override["matcher"] == {"id": "byName", "options": column}
-        for one in override["properties"]
-        if one["id"] == "links"
-        for link in one["value"]
-    ]
 
 
 @pytest.mark.parametrize("name", ["shoal-fleet", "shoal-workload"])
@@ -253,12 +194,12 @@ def test_outside_kubernetes_and_without_a_cluster(stored: Prometheus) -> None:
     grid = titled(fleet, "Fourteen failures by node, worst first")
     row = next(row for row in shown(fleet, grid, stored).rows if row["node"] == ALONE)
     assert row["memory.high"] == 3
-    node, number = follow(fleet, _links_of(grid, "memory.high")[0], row)
+    node, number = follow(fleet, links_of(grid, "memory.high")[0], row)
     assert node.chosen["cluster"] == ""
     evidence = shown(node, panel(node, number), stored)
     assert not {"namespace", "pod", "container"} & set(evidence.columns)
     assert evidence.rows[0]["unit"] == UNIT["unit"]
-    workload, _ = follow(node, _links_of(panel(node, number), "unit")[0], evidence.rows[0])
+    workload, _ = follow(node, links_of(panel(node, number), "unit")[0], evidence.rows[0])
     assert shown(workload, titled(workload, "What fires for it"), stored).rows
     memory = titled(workload, "What its memory is made of, and its limits")
     assert all(answer.series for answer in workload.ask(memory, stored, END, _SECONDS))
@@ -268,7 +209,7 @@ def test_a_link_with_empty_names_shows_all_that_is_known(stored: Prometheus) -> 
     """A unit has no pod, and a pod's network namespace no container: neither may hide what the others say of it."""
     node = opened("shoal-node", cluster="east", node=node_of(6))
     row = next(row for row in shown(node, panel(node, 106), stored).rows if row.get("unit") == UNIT["unit"])
-    unit, _ = follow(node, _links_of(panel(node, 106), "unit")[0], row)
+    unit, _ = follow(node, links_of(panel(node, 106), "unit")[0], row)
     assert (unit.chosen["pod"], unit.chosen["unit"]) == ("", UNIT["unit"])
     # As exported a unit's series carry the exporter's pod, so an empty choice must not mean an empty label.
     memory = titled(unit, "What its memory is made of, and its limits")
@@ -277,7 +218,7 @@ def test_a_link_with_empty_names_shows_all_that_is_known(stored: Prometheus) -> 
     row = next(
         row for row in shown(node, panel(node, 1), stored).rows if row["alertname"] == "ShoalListenQueueOverflow"
     )
-    pod, _ = follow(node, _links_of(panel(node, 1), "pod")[0], row)
+    pod, _ = follow(node, links_of(panel(node, 1), "pod")[0], row)
     assert (pod.chosen["pod"], pod.chosen["container"]) == (CHECKOUT["pod"], "")
     for title in ("CPU in use", "Its listeners", "Connections refused by a full queue, 5 min"):
         assert all(answer.series for answer in pod.ask(titled(pod, title), stored, END, _SECONDS)), title
@@ -288,7 +229,7 @@ def test_the_longest_pod_name(stored: Prometheus) -> None:
     node = opened("shoal-node", cluster="east", node=node_of(10))
     evidence = panel(node, 110)
     row = next(row for row in shown(node, evidence, stored).rows if row.get("pod") == LONG)
-    workload, _ = follow(node, _links_of(evidence, "pod")[0], row)
+    workload, _ = follow(node, links_of(evidence, "pod")[0], row)
     assert (workload.chosen["pod"], workload.chosen["container"]) == (LONG, REPORTS["container"])
     usage = titled(workload, "CPU in use")
     assert len(workload.ask(usage, stored, END, _SECONDS)[0].series) == 1

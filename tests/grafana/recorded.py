@@ -1,0 +1,148 @@
+"""What Prometheus held in runs of the fault lab: `python -m tests.grafana.recorded KERNEL` takes over the last one.
+
+A recording is what the exporter exported while the failures were on, every few seconds, with the moments at which each
+was caused, paged and was cured. What the rules made of it is not in it: the tests let today's rules do that again.
+"""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import math
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from tests.grafana.stored import END
+from tests.rules.pack import expand
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.grafana.sick import Sample
+
+__all__ = ["RECORDINGS", "Recording", "Story"]
+
+HERE: Final = Path(__file__).parent / "recordings"
+LAB: Final = Path(__file__).parents[2] / ".lab"
+STEP: Final = 15
+"""Seconds between two samples, at least: the lab scrapes more often."""
+_KEPT: Final = re.compile(r"shoal_.+|up")
+
+
+@dataclass(frozen=True, slots=True)
+class Story:
+    """A failure in the course of a recording. Moments are on the clock of the tests, whose end is END."""
+
+    kernel: str
+    number: int
+    alert: str
+    culprit: dict[str, str]
+    """Labels that the page carried."""
+    caused: float
+    paged: float
+    cured: float
+
+    @property
+    def node(self) -> str:
+        """The name that the machine has in the tests."""
+        return f"lab-{self.kernel}"
+
+    @property
+    def moment(self) -> int:
+        """The first moment of the tests' clock at which the page was there. Then it was confirmed, and cured after."""
+        return END - math.floor((END - self.paged) / STEP) * STEP
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """One run of the lab on one kernel."""
+
+    kernel: str
+    content: dict[str, Any]
+
+    @classmethod
+    def read(cls, file: Path) -> Recording:
+        """Read a recording that is kept here."""
+        with gzip.open(file, "rt", encoding="utf-8") as source:
+            return cls(file.name.removesuffix(".json.gz"), json.load(source))
+
+    @property
+    def seconds(self) -> int:
+        """How long it is."""
+        longest = max(len(expand(values)) for _, _, values in self.content["series"])
+        return int(self.content["step"] * longest)
+
+    def samples(self) -> Iterator[Sample]:
+        """Yield its series, with a gap wherever nothing was scraped at a step of the tests."""
+        stride = self.content["step"] // STEP
+        for name, labels, values in self.content["series"]:
+            spread: list[float] = []
+            for value in expand(values):
+                spread += [math.nan] * (stride - 1) + [math.nan if value is None else value]
+            yield name, {**labels, "node": f"lab-{self.kernel}"}, spread
+
+    def stories(self) -> Iterator[Story]:
+        """Yield the failures that it has."""
+        for one in self.content["failures"]:
+            moments = {name: END - one[name] for name in ("caused", "paged", "cured")}
+            yield Story(self.kernel, one["number"], one["alert"], one["culprit"], **moments)
+
+
+def taken_over(run: dict[str, Any]) -> dict[str, Any]:
+    """Make a recording of what a run of the lab left: of every series what the exporter said, at most every STEP."""
+    stride = max(STEP // run["step"], 1)
+    step = run["step"] * stride
+    ends = max(float(at) for series in run["series"] for at, _ in series["values"])
+    begins = min(float(at) for series in run["series"] for at, _ in series["values"])
+    count = int((ends - begins) // step) + 1
+    kept = []
+    for series in run["series"]:
+        name = series["metric"].pop("__name__")
+        if not _KEPT.fullmatch(name):
+            continue
+        at = {round((ends - float(moment)) / step, 3): value for moment, value in series["values"]}
+        values = [at.get(float(count - 1 - place), "_") for place in range(count)]
+        if any(value != "_" for value in values):
+            kept.append([name, series["metric"], _short(values)])
+    failures = [
+        {
+            "number": one["number"],
+            "alert": one["alert"],
+            "culprit": one["culprit"],
+            **{moment: round(ends - one[moment], 1) for moment in ("caused", "paged", "cured")},
+        }
+        for one in run["faults"].values()
+    ]
+    return {"step": step, "failures": failures, "series": sorted(kept, key=str)}
+
+
+def _short(values: list[str]) -> str:
+    """Write values as promtool does, one that stays the same once: `1x3` is four of them."""
+    words = []
+    for value, group in itertools.groupby(values):
+        count = len(list(group))
+        if value == "_":
+            words.append(f"_x{count}")
+        else:
+            words.append(f"{value}x{count - 1}" if count > 1 else value)
+    return " ".join(words)
+
+
+def main(kernel: str) -> None:
+    """Take over what the last run on a kernel recorded."""
+    with gzip.open(LAB / f"{kernel}.series.json.gz", "rt", encoding="utf-8") as source:
+        content = taken_over(json.load(source))
+    lines = ",\n".join(json.dumps(series) for series in content.pop("series"))
+    text = f'{json.dumps(content)[:-1]}, "series": [\n{lines}\n]}}\n'
+    # Without the time, so that the same recording is the same file.
+    (HERE / f"{kernel}.json.gz").write_bytes(gzip.compress(text.encode(), 9, mtime=0))
+
+
+RECORDINGS: Final = [Recording.read(file) for file in sorted(HERE.glob("*.json.gz"))]
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
