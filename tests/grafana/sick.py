@@ -22,6 +22,7 @@ __all__ = [
     "BUSY",
     "CALM",
     "CHECKOUT",
+    "GONE",
     "LONG",
     "MINUTES",
     "OLD",
@@ -31,6 +32,7 @@ __all__ = [
     "STEP",
     "UNIT",
     "UNSEEN",
+    "UNSEEN_TOO",
     "Sample",
     "fleet",
     "many",
@@ -41,7 +43,11 @@ MINUTES: Final = 90
 CALM: Final = 30
 """Minutes before the failures begin."""
 UNSEEN: Final = "worker-15"
-"""A node on which no exporter answers."""
+"""A node on which no exporter answers, and node_exporter does."""
+UNSEEN_TOO: Final = "worker-18"
+"""Another, which is known from kube-state-metrics."""
+GONE: Final = "worker-19"
+"""A node whose exporter stopped answering 35 minutes ago."""
 OLD: Final = "worker-17"
 """A node of the second cluster, whose kernel does not tell the memory of workloads."""
 SECOND: Final = "worker-02"
@@ -170,12 +176,32 @@ def fleet() -> Iterator[Sample]:
         node = _Node(cluster, name, number)
         _well(node)
         yield from node.samples
+    gone = _Node("east", GONE, 19)
+    _well(gone)
+    for name, labels, values in gone.samples:
+        yield name, labels, [*values[:-35], *[math.nan] * 35]
+    yield "node_uname_info", {"cluster": "east", "node": GONE, "nodename": GONE}, [1.0] * (MINUTES + 1)
     yield from _recorded()
     alone = _Node("", ALONE, 1)
     _well(alone)
     _memory_high(alone, UNIT)
     yield from alone.samples
     yield "node_uname_info", {"cluster": "east", "node": UNSEEN, "nodename": UNSEEN}, [1.0] * (MINUTES + 1)
+    yield from _kube_state_metrics()
+
+
+def _kube_state_metrics() -> Iterator[Sample]:
+    """Yield what it says of nodes and pods, scraped with honor_labels: its series carry the labels that ours carry."""
+    own = {"cluster": "east", "job": "kube-state-metrics", "instance": "10.1.9.9:8080"}
+    always = [1.0] * (MINUTES + 1)
+    for node in (node_of(2), UNSEEN_TOO):
+        of_node = {**own, "node": node}
+        monitor = {"namespace": "monitoring", "pod": "kube-state-metrics-0", "container": "kube-state-metrics"}
+        yield "kube_node_info", {**of_node, **monitor, "os_image": "Debian GNU/Linux 12"}, always
+        yield "kube_node_status_condition", {**of_node, **monitor, "condition": "Ready", "status": "true"}, always
+    of_pod = {**own, **CHECKOUT, "node": node_of(2)}
+    yield "kube_pod_info", {**of_pod, "uid": "0f8d3c1e"}, always
+    yield "kube_pod_container_resource_limits", {**of_pod, "resource": "cpu", "unit": "core"}, always
 
 
 def _well(node: _Node) -> None:

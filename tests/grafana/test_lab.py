@@ -7,20 +7,19 @@ that holds the recordings and what today's rules make of them.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
 import pytest
 from grafana.failures import FAILURES
 from grafana.node import evidence_panel
-from grafana.reader import legend
 from tests.grafana.clicks import follow, links_of, opened, panel, shown, tells, titled, visit
 from tests.grafana.recorded import RECORDINGS, Story
-from tests.grafana.test_dashboards import BOARDS
+from tests.grafana.test_dashboards import BOARDS, thresholds
 from tests.rules.pack import alerts
 
 if TYPE_CHECKING:
-    from grafana.reader import Dashboard, Prometheus, Table
+    from grafana.reader import Dashboard, Prometheus
 
 pytestmark = pytest.mark.timeout(600)  # as in test_shown.py
 
@@ -30,11 +29,43 @@ _SECONDS: Final = 15 * 60
 _STATES: Final = {"info": 1, "warning": 2, "critical": 3}
 _every_story = pytest.mark.parametrize("story", STORIES.values(), ids=lambda story: f"{story.number}-{story.kernel}")
 
+# Whom the page does not name, as it is about a file system or about tables of a kind, and the dashboard does.
+_PODS: Final = {4: "thumbnails", 9: "resolver-client"}
+# The panels of Workload that say what is wrong with the culprit.
+_WHY: Final = {
+    1: ("Redis: PINGs, the slowest of a hundred", "Redis: what holds it up"),
+    2: ("Its accept queues in use", "Connections refused by a full queue, 5 min", "Its listeners"),
+    3: ("Packets dropped by the reverse-path filter, 5 min",),
+    4: (),
+    5: ("What its memory is made of, and its limits", "Throttled, at its limit, killed"),
+    6: (
+        "What its memory is made of, and its limits",
+        "Throttled, at its limit, killed",
+        "Time in which it waited for memory",
+    ),
+    7: ("What its threads wait for", "How long one wait for I/O takes"),
+    8: ("Reclaim: refaults, major faults, direct scans", "Time in which it waited for memory"),
+    9: ("Its connections in tracking tables",),
+    10: ("What its threads wait for", "Time waited for a CPU that others had", "CPU in use"),
+    13: ("Its ports in use towards one destination", "Its ports, by destination"),
+    14: ("Its ports in use towards one destination", "Its ports, by destination"),
+}
+# {(dashboard, panel, query): why no run of the lab gives it an answer}
+_NEVER: Final[dict[tuple[str, int, str], str]] = {}
 
-def _names(row: dict[str, object], story: Story) -> bool:
-    """Tell whether a row is about the culprit: it says nothing else of whatever it says of it, and at least one."""
-    said = story.culprit.keys() & row.keys()
-    return bool(said) and all(row[label] == story.culprit[label] for label in said)
+
+def _names(labels: dict[str, Any], story: Story) -> bool:
+    """Tell whether a row or a series is about the culprit: it has one of its labels, and none that differs."""
+    said = story.culprit.keys() & labels.keys()
+    return bool(said) and all(labels[label] == story.culprit[label] for label in said)
+
+
+def _evidence(story: Story, server: Prometheus, board: Dashboard) -> dict[str, Any]:
+    """Return the row that names the culprit in the table to which every click and page leads."""
+    rows = shown(board, panel(board, evidence_panel(_FAILURES[story.number])), server, story.moment, _SECONDS).rows
+    named = [row for row in rows if _names(row, story)]
+    assert named, rows
+    return named[0]
 
 
 def test_the_recordings_have_all_fourteen() -> None:
@@ -59,5 +90,74 @@ def test_fleet_shows_the_failure_and_a_click_its_culprit(lab: Prometheus, story:
     (address,) = links_of(grid, failure.column)
     node, number = follow(fleet, address, now)
     assert number == evidence_panel(failure)
-    rows = shown(node, panel(node, number), lab, story.moment, _SECONDS).rows
-    assert any(_names(row, story) for row in rows), rows
+    assert _evidence(story, lab, node)
+
+
+@_every_story
+def test_the_page_opens_the_table_that_names_the_culprit(lab: Prometheus, story: Story) -> None:
+    """The alert's link, filled in as Prometheus does it, leads to the same table, and what fires is above it."""
+    address = alerts()[story.alert]["annotations"]["dashboard_url"]
+    for label, value in (("cluster", "east"), ("node", story.node)):
+        address = re.sub(rf"\{{\{{ *\$labels\.{label} *\}}\}}", quote(value), address)
+    node, number = visit(address)
+    assert number == evidence_panel(_FAILURES[story.number])
+    assert node.chosen == {"cluster": "east", "node": story.node}
+    assert _evidence(story, lab, node)
+    firing = shown(node, panel(node, 1), lab, story.moment, _SECONDS).rows
+    assert any(row["alertname"] == story.alert and _names(row, story) for row in firing) or "pod" not in story.culprit
+
+
+@_every_story
+def test_every_panel_of_the_failure_shows_it(lab: Prometheus, story: Story) -> None:
+    """Each query of its row on Node has an answer, what names someone names the culprit, and a level is crossed."""
+    board = opened("shoal-node", cluster="east", node=story.node)
+    crossed = set()
+    for one in board.panels():
+        if one["id"] < 100 or one["id"] % 100 != story.number:
+            continue
+        answers = board.ask(one, lab, story.moment, _SECONDS)
+        for answer in answers:
+            known = ("shoal-node", one["id"], answer.target["refId"]) in _NEVER
+            assert tells(answer) is not known, (one["title"], answer.target["expr"])
+        series = [series for answer in answers for series in answer.series]
+        about = [one for one in series if one.labels.keys() & story.culprit.keys()]
+        culprits = [one for one in about if _names(one.labels, story)]
+        assert bool(about) == bool(culprits), one["title"]
+        crossed |= {
+            (level, value)
+            for level in thresholds(one)
+            for each in culprits or series
+            for _, value in each.points
+            if value >= level
+        }
+    assert crossed
+
+
+@pytest.mark.parametrize("number", _WHY)
+def test_workload_says_why(lab: Prometheus, number: int) -> None:
+    """A click on the culprit's name in that table opens Workload, whose panels of the failure have it."""
+    story = STORIES[number]
+    node = opened("shoal-node", cluster="east", node=story.node)
+    row = _evidence(story, lab, node)
+    assert row["pod"] == _PODS.get(number, story.culprit.get("pod"))
+    (address,) = links_of(panel(node, evidence_panel(_FAILURES[number])), "pod")
+    workload, _ = follow(node, address, row)
+    for title in _WHY[number]:
+        one = titled(workload, title)
+        assert any(tells(answer) for answer in workload.ask(one, lab, story.moment, _SECONDS)), title
+    firing = shown(workload, titled(workload, "What fires for it"), lab, story.moment, _SECONDS).rows
+    assert number in _PODS or story.alert in {row["alertname"] for row in firing}
+
+
+@pytest.mark.parametrize("name", BOARDS)
+def test_every_query_has_an_answer_in_a_recording(lab: Prometheus, name: str) -> None:
+    """No query waits for what no exporter exports; those that no run of the lab answers are known, with the reason."""
+    silent = set()
+    boards = [(opened(name, show=">= 0", cluster="east", node=story.node), story) for story in STORIES.values()]
+    for one in boards[0][0].panels():
+        missing = {target["refId"] for target in one["targets"]}
+        for board, story in boards:
+            if missing:
+                missing -= {a.target["refId"] for a in board.ask(one, lab, story.moment, _SECONDS) if tells(a)}
+        silent |= {(name, one["id"], ref) for ref in missing}
+    assert silent == {known for known in _NEVER if known[0] == name}

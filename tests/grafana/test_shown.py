@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 from grafana.failures import FAILURES, Failure
+from grafana.node import evidence_panel
 from tests.grafana.clicks import follow, links_of, opened, panel, shown, tells, titled
 from tests.grafana.sick import (
     ALONE,
     BUSY,
     CHECKOUT,
+    GONE,
     LONG,
     MINUTES,
     OLD,
@@ -20,6 +22,7 @@ from tests.grafana.sick import (
     SECOND,
     UNIT,
     UNSEEN,
+    UNSEEN_TOO,
     many,
     node_of,
 )
@@ -133,9 +136,10 @@ def test_the_grid_is_worst_first_and_honest(stored: Prometheus) -> None:
     assert scores == sorted(scores, reverse=True)
     assert scores[0] >= 10_000
     assert ("west", SECOND) not in {(row.get("cluster"), row["node"]) for row in firing.rows}
-    unseen = next(row for row in firing.rows if row["node"] == UNSEEN)
-    assert unseen["exporter"] == 2
-    assert {unseen[failure.column] for failure in FAILURES} == {-1}
+    for node in (UNSEEN, UNSEEN_TOO, GONE):
+        unseen = next(row for row in firing.rows if row["node"] == node)
+        assert unseen["exporter"] == 2
+        assert {unseen[failure.column] for failure in FAILURES} == {-1}
     everyone = opened("shoal-fleet", show=">= 0")
     old = next(row for row in shown(everyone, grid, stored).rows if row["node"] == OLD)
     seen = {failure.column for failure in FAILURES if "memory_workloads" not in failure.signals}
@@ -143,6 +147,33 @@ def test_the_grid_is_worst_first_and_honest(stored: Prometheus) -> None:
         failure.column: 0 if failure.column in seen else -1 for failure in FAILURES
     }
     assert len(seen) == 11
+
+
+def test_a_node_that_is_gone(stored: Prometheus) -> None:
+    """What it was while it was there is still to be seen, as long as the time goes back; of now nothing is said."""
+    node = opened("shoal-node", cluster="east", node=GONE)
+    assert not shown(node, panel(node, 3), stored).rows
+    assert panel(node, 3)["fieldConfig"]["defaults"]["noValue"] == "No exporter answers on this node."
+    lines = [series for answer in node.ask(panel(node, 210), stored, END, _SECONDS) for series in answer.series]
+    assert lines
+    assert all(series.points[-1][0] < END - 10 * 60 for series in lines)
+    fleet = opened("shoal-fleet")
+    missing = next(
+        one for one in fleet.panels() if (one["title"], one["type"]) == ("Nodes without an exporter", "table")
+    )
+    assert {row["node"] for row in shown(fleet, missing, stored).rows} == {GONE, UNSEEN, UNSEEN_TOO}
+
+
+def test_the_table_says_why_a_signal_is_missing(stored: Prometheus) -> None:
+    """Where a click lands there is a row for each signal that this node does not give, with the exporter's reason."""
+    old = opened("shoal-node", cluster="west", node=OLD)
+    for failure in FAILURES:
+        evidence = panel(old, evidence_panel(failure))
+        said = {(row.get("signal"), row.get("reason")) for row in shown(old, evidence, stored).rows if "signal" in row}
+        assert said == {(signal, "cgroup_v1") for signal in failure.signals if signal == "memory_workloads"}
+    # It stands beside what the other signals of the same failure say, and is no value.
+    kills = panel(old, evidence_panel(next(failure for failure in FAILURES if failure.number == 5)))
+    assert all(row["not reclaimable"] == -1 for row in shown(old, kills, stored).rows)
 
 
 def test_a_machine_that_is_busy_and_well(stored: Prometheus) -> None:
@@ -235,6 +266,16 @@ def test_the_longest_pod_name(stored: Prometheus) -> None:
     assert len(workload.ask(usage, stored, END, _SECONDS)[0].series) == 1
 
 
+def test_kube_state_metrics_is_nobody(stored: Prometheus) -> None:
+    """Its series have the names of pods and nodes, and its own pod's on some; no panel takes one of them."""
+    for name, chosen in (("shoal-node", {}), ("shoal-workload", CHECKOUT)):
+        board = opened(name, cluster="east", node=node_of(2), **chosen)
+        for one in board.panels():
+            for answer in board.ask(one, stored, END, _SECONDS):
+                said = [value for series in answer.series for value in series.labels.values()]
+                assert not {"kube-state-metrics", "kube-state-metrics-0", "core"} & set(said), one["title"]
+
+
 @pytest.mark.parametrize("name", BOARDS)
 def test_nothing_to_show_is_no_error(stored: Prometheus, name: str) -> None:
     """A node that nobody knows: no query fails, and every panel has a sentence for it."""
@@ -273,11 +314,13 @@ def test_the_lists_offer_what_is_there(stored: Prometheus) -> None:
 
     node = opened("shoal-node", cluster="east")
     assert choices(node, "cluster") == ["east", "west"]
-    assert {UNSEEN, node_of(1), node_of(14)} <= set(choices(node, "node"))
+    assert {UNSEEN, UNSEEN_TOO, node_of(1), node_of(14)} <= set(choices(node, "node"))
     workload = opened("shoal-workload", cluster="east", node=node_of(10))
     assert choices(workload, "namespace") == ["shop"]
     assert set(choices(workload, "pod")) == {CHECKOUT["pod"], LONG, "mailer-5d6b-4kk2p"}
     assert choices(workload, "unit") == [UNIT["unit"]]
+    # kube-state-metrics has a label `unit` too, of quantities.
+    assert choices(opened("shoal-workload", cluster="east", node=node_of(2)), "unit") == [UNIT["unit"]]
 
 
 @pytest.mark.parametrize("name", BOARDS)
