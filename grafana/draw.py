@@ -34,7 +34,7 @@ _FOOT: Final = 34
 _DPI: Final = 100
 _INK, _FAINT, _EDGE, _PAGE = "#24292e", "#6e7781", "#d0d7de", "#f4f5f5"
 _CAPTION: Final = (
-    "Drawn by grafana/draw.py from the dashboard's JSON and a Prometheus that holds made-up failures. "
+    "Drawn by grafana/draw.py from the dashboard's JSON and a Prometheus that holds what the fault lab recorded. "
     "This is no Grafana: there the same panels look a little different."
 )
 _DARK: Final = 0.55
@@ -360,7 +360,9 @@ def _axes(axes: Axes, defaults: dict[str, Any], span: tuple[float, float], highe
     highest = max(highest, defaults["custom"].get("axisSoftMax", 0))
     axes.set_xlim(*span)
     axes.set_ylim(0, highest * 1.08 or 1)
-    ticks = [at for at in range(int(span[0]), int(span[1]) + 1, 60) if at % 900 == 0]
+    # About six, on whole minutes, or quarters of an hour.
+    every = next((step for step in (60, 120, 300) if (span[1] - span[0]) / step <= 7), 900)  # noqa: PLR2004
+    ticks = [at for at in range(int(span[0]) // 60 * 60, int(span[1]) + 1, 60) if at % every == 0 and at >= span[0]]
     axes.set_xticks(ticks, [f"{dt.datetime.fromtimestamp(at, dt.UTC):%H:%M}" for at in ticks], fontsize=7)
     marks = axes.get_yticks()
     axes.set_yticks(marks[:-1][:: max(len(marks) // 5, 1)])

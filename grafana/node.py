@@ -27,6 +27,8 @@ from grafana.parts import (
 from grafana.status import firing_states, status_overrides
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from grafana_foundation_sdk.builders import dashboard as dashboards
     from grafana_foundation_sdk.builders import table, timeseries
 
@@ -411,6 +413,8 @@ def _waiting(unseen: str) -> Panels:
 
 def _inodes(unseen: str) -> Panels:
     free = "filesystem:shoal_filesystem_inodes_free_per_inodes:ratio"
+    layer = "layer:shoal_writable_layer_inodes_per_inodes_used:ratio"
+    low = levels(free, "ShoalInodesRunningOut")[0]
     return [
         chart(
             "Inodes that are free",
@@ -436,19 +440,20 @@ def _inodes(unseen: str) -> Panels:
             colour=SATURATION,
         ),
         _who(
-            Column("files", own("shoal_writable_layer_inodes", HERE, (*WHO, "mountpoint")), decimals=0),
             Column(
-                "of those in use",
-                _of("layer:shoal_writable_layer_inodes_per_inodes_used:ratio", (*WHO, "mountpoint")),
+                "of the inodes",
+                f"{_of(layer, (*WHO, 'mountpoint'))}\nor\n1 - ({_of(free, ('mountpoint',))} < {low.value:g})",
                 "percentunit",
-                levels("layer:shoal_writable_layer_inodes_per_inodes_used:ratio", "ShoalInodesHeldByLayer"),
+                levels(layer, "ShoalInodesHeldByLayer"),
             ),
-            title="Who holds them in a writable layer",
-            description="Files in each container's writable layer, and their part of all inodes in use on that file "
-            "system. Volumes are not in it. Normal: a few thousand.",
-            sort="files",
+            Column("files", own("shoal_writable_layer_inodes", HERE, (*WHO, "mountpoint")), decimals=0),
+            title="Which file system, and whose files",
+            description=f"A file system with less than {low.value:.0%} of its inodes left: the part in use. A "
+            "container's writable layer: its part of what is in use there; they are counted now and then, so a new one "
+            "comes later. Volumes are not in it. Normal: no file system, and a few thousand files each.",
+            sort="of the inodes",
             unseen=unseen,
-            empty="No writable layer has been counted on this node.",
+            empty="No file system is short of inodes, and no writable layer has been counted on this node.",
         ),
     ]
 
@@ -456,6 +461,7 @@ def _inodes(unseen: str) -> Panels:
 def _redis(unseen: str) -> Panels:
     name = "{{server}} {{namespace}} {{pod}}"
     by = ("server", *WHO)
+    logged = "server:shoal_redis_latency_event_last_seconds:changes5m"
     return [
         chart(
             "Time its disk spends on slow flushes",
@@ -481,6 +487,12 @@ def _redis(unseen: str) -> Panels:
         _who(
             Column("slow PINGs", _of("server:shoal_redis_ping_slow_per_ping:ratio5m", by), "percentunit"),
             Column(
+                "AOF stalls it logged, 5 min",
+                _of(logged, by),
+                levels=levels(logged, "ShoalRedisAofStall"),
+                decimals=0,
+            ),
+            Column(
                 "held up by a flush, 5 min",
                 _of("server:shoal_redis_aof_delayed_fsync:increase5m", by),
                 levels=levels("server:shoal_redis_aof_delayed_fsync:increase5m", "ShoalRedisAofDelayedFsync"),
@@ -500,9 +512,9 @@ def _redis(unseen: str) -> Panels:
                 levels("server:shoal_redis_rewrite_memory_per_effective_limit:ratio", "ShoalRedisRewriteMemoryRisk"),
             ),
             title="Which server, and what holds it up",
-            description="Writes held up by a flush of over 2 s, the last fork (in which nobody is answered), the time"
-            " that its workload waited for I/O, and what a rewrite needs of its memory limit. Normal: 0, "
-            "under 200 ms, under 2 %, under 95 %.",
+            description="Stalls that it put down to its append-only file, writes held up by a flush of over 2 s, the "
+            "last fork (in which nobody is answered), the time that its workload waited for I/O, and what a rewrite "
+            "needs of its memory limit. Normal: 0, 0, under 200 ms, under 2 %, under 95 %.",
             sort="slow PINGs",
             unseen=unseen,
             empty="No server is watched (--redis.target, --redis.discover).",
@@ -513,6 +525,11 @@ def _redis(unseen: str) -> Panels:
 def _listen_queue(unseen: str) -> Panels:
     by = ("address", "port", *WHO)
     fill = "listener:shoal_listener_accept_queue_length_per_limit:ratio"
+    # Of short queues too, which the recorded series leaves out. What a listener drops is no proof: it also drops what
+    # it has no route back to.
+    most = own(
+        "max_over_time(shoal_listener_accept_queue_length{}[5m]) / shoal_listener_accept_queue_limit{}", HERE, by
+    )
     return [
         chart(
             "Accept queues in use",
@@ -541,7 +558,7 @@ def _listen_queue(unseen: str) -> Panels:
             links=_LINE,
         ),
         _who(
-            Column("in use", _of(fill, by), "percentunit", levels(fill, "ShoalListenQueueNearlyFull")),
+            Column("most in use, 5 min", most, "percentunit", levels(fill, "ShoalListenQueueNearlyFull")),
             Column(
                 "dropped, 5 min",
                 _of("listener:shoal_listener_drops:increase5m", by),
@@ -551,9 +568,9 @@ def _listen_queue(unseen: str) -> Panels:
             Column("limit", own("shoal_listener_accept_queue_limit", HERE, by), decimals=0),
             title="Which listener drops",
             description="Listeners with their queue's use, their own drops and the queue's limit: the smaller of the "
-            "application's backlog and somaxconn. A limit of 128 is a default that nobody chose. Normal: "
-            "no drops.",
-            sort="dropped, 5 min",
+            "application's backlog and somaxconn. A limit of 128 is a default that nobody chose. Drops of a queue that "
+            "is not full have another reason, such as no route back. Normal: no drops.",
+            sort="most in use, 5 min",
             unseen=unseen,
             empty="No listener is known: those inside pods need --netns.enter.",
         ),
@@ -665,7 +682,7 @@ def _dead_backend(unseen: str) -> Panels:
             "Which backend",
             "The backend to which connections still go. backend_gone: no NAT rule leads there. unreplied: the rules "
             "are not known in full. backend_silent: a rule leads there and it does not answer. Normal: none.",
-            [Column("connections", _of(stale, by), decimals=0)],
+            [Column("connections", _of(stale, by), levels=levels(stale, "ShoalConntrackBackendBlackhole"), decimals=0)],
             sort="connections",
             unseen=unseen,
             empty="No connection is sent to a backend in vain, or there is no dump of the table (CAP_NET_ADMIN).",
@@ -840,7 +857,7 @@ def _neighbours(unseen: str) -> Panels:
     ]
 
 
-_PANELS: Final = {
+_PANELS: Final[dict[int, Callable[[str], Panels]]] = {
     10: _run_queue,
     6: _memory_high,
     5: _oom,

@@ -102,11 +102,16 @@ def top(series: str, count: int = 5, *, least: bool = False) -> str:
     return f"{series} and {choose}({count}, {over}({series}[$__range] @ end()))"
 
 
-def own(name: str, selection: str, by: Iterable[str] = WHO) -> str:
-    """Select a series as exported, without the identity of the exporter's pod that a unit's series still has."""
+def own(series: str, selection: str, by: Iterable[str] = WHO) -> str:
+    """Select a series as exported, without the identity of the exporter's pod that a unit's series still has.
+
+    `series` is its name, or an expression with `{}` after each name.
+    """
     labels = ", ".join(by)
     others = ", ".join(label for label in by if label not in ("namespace", "pod", "container"))
-    return f'max by ({labels}) ({name}{{{selection},unit=""}})\nor\nmax by ({others}) ({name}{{{selection},unit!=""}})'
+    series = series if "{}" in series else f"{series}{{}}"
+    workload, unit = (series.replace("{}", f'{{{selection},unit{which}""}}') for which in ("=", "!="))
+    return f"max by ({labels}) ({workload})\nor\nmax by ({others}) ({unit})"
 
 
 def link(title: str, url: str) -> dict[str, Any]:

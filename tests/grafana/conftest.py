@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.grafana.recorded import RECORDINGS, STEP
+from tests.grafana.recorded import serve_recordings
 from tests.grafana.sick import MINUTES, fleet
 from tests.grafana.stored import serve
 
@@ -25,8 +25,5 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """A Prometheus that holds what the fault lab recorded, with what the rules make of it."""
-    samples = [sample for recording in RECORDINGS for sample in recording.samples()]
-    seconds = max(recording.seconds for recording in RECORDINGS)
-    # In the lab an alert waits for three evaluations, so that a run takes minutes.
-    with serve(tmp_path_factory.mktemp("lab"), samples, seconds, step=STEP, wait=3 * STEP) as server:
+    with serve_recordings(tmp_path_factory.mktemp("lab")) as server:
         yield server

@@ -16,20 +16,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from tests.grafana.stored import END
+from tests.grafana.stored import END, serve
 from tests.rules.pack import expand
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
+    from grafana.reader import Prometheus
     from tests.grafana.sick import Sample
 
-__all__ = ["RECORDINGS", "Recording", "Story"]
+__all__ = ["RECORDINGS", "STORIES", "Recording", "Story", "serve_recordings"]
 
 HERE: Final = Path(__file__).parent / "recordings"
 LAB: Final = Path(__file__).parents[2] / ".lab"
-STEP: Final = 15
-"""Seconds between two samples, at least: the lab scrapes more often."""
+STEP: Final = 5
+"""Seconds between two samples on the tests' clock, as the lab scrapes on its own kernel."""
 _KEPT: Final = re.compile(r"shoal_.+|up")
 
 
@@ -42,6 +44,8 @@ class Story:
     alert: str
     culprit: dict[str, str]
     """Labels that the page carried."""
+    before: float
+    """When nothing had been caused yet."""
     caused: float
     paged: float
     cured: float
@@ -87,9 +91,12 @@ class Recording:
 
     def stories(self) -> Iterator[Story]:
         """Yield the failures that it has."""
-        for one in self.content["failures"]:
+        failures = self.content["failures"]
+        # Causing one takes seconds, and the lab looks at health for more than a minute before.
+        before = END - max(one["caused"] for one in failures) - 60
+        for one in failures:
             moments = {name: END - one[name] for name in ("caused", "paged", "cured")}
-            yield Story(self.kernel, one["number"], one["alert"], one["culprit"], **moments)
+            yield Story(self.kernel, one["number"], one["alert"], one["culprit"], before, **moments)
 
 
 def taken_over(run: dict[str, Any]) -> dict[str, Any]:
@@ -142,7 +149,17 @@ def main(kernel: str) -> None:
     (HERE / f"{kernel}.json.gz").write_bytes(gzip.compress(text.encode(), 9, mtime=0))
 
 
+def serve_recordings(directory: Path) -> AbstractContextManager[Prometheus]:
+    """Run a Prometheus with all recordings and what the rules make of them."""
+    samples = [sample for recording in RECORDINGS for sample in recording.samples()]
+    seconds = max(recording.seconds for recording in RECORDINGS)
+    # In the lab an alert waits for three evaluations, so that a run takes minutes.
+    return serve(directory, samples, seconds, step=STEP, wait=3 * STEP)
+
+
 RECORDINGS: Final = [Recording.read(file) for file in sorted(HERE.glob("*.json.gz"))]
+STORIES: Final = {story.number: story for recording in RECORDINGS for story in recording.stories()}
+"""By the number of the failure."""
 
 if __name__ == "__main__":
     main(*sys.argv[1:])

@@ -96,7 +96,7 @@ def _running(directory: Path, step: int = STEP) -> Iterator[Prometheus]:
                 f"--storage.tsdb.path={directory / 'data'}",
                 "--storage.tsdb.retention.time=100y",
                 # A series that ends does so at once where it was scraped; the mark of that cannot be stored.
-                f"--query.lookback-delta={min(5 * step, 300)}s",
+                f"--query.lookback-delta={60 if step < STEP else 300}s",
                 f"--web.listen-address=127.0.0.1:{port}",
             ],
             stdout=log,
