@@ -168,6 +168,7 @@ def _overview() -> Panels:
 
 
 def _run_queue(unseen: str) -> Panels:
+    share = "workload:shoal_run_queue_delay_per_runnable_time:ratio"
     return [
         chart(
             "CPU in use",
@@ -185,12 +186,10 @@ def _run_queue(unseen: str) -> Panels:
             "Waiting for a CPU, of runnable time",
             "Share of its runnable time in which others had the CPU, of workloads that no quota of their own stops. "
             "Normal: below 20 %. At 80 % what takes 1 ms of CPU takes 5 ms.",
-            [_line("workload:shoal_run_queue_delay_per_runnable_time:ratio")],
+            [_line(share)],
             unit="percentunit",
             colour=SATURATION,
-            levels=levels(
-                "workload:shoal_run_queue_delay_per_runnable_time:ratio", "ShoalRunQueueDelay", "ShoalCPUStarvation"
-            ),
+            levels=levels(share, "ShoalRunQueueDelay", "ShoalCPUStarvation"),
             links=_LINE,
         ),
         _who(
@@ -201,6 +200,12 @@ def _run_queue(unseen: str) -> Panels:
                 decimals=2,
             ),
             Column(
+                "of its runnable time",
+                _of(share),
+                "percentunit",
+                levels(share, "ShoalRunQueueDelay", "ShoalCPUStarvation"),
+            ),
+            Column(
                 "stopped by its quota",
                 _of("workload:shoal_cpu_throttled_periods_per_period:ratio"),
                 "percentunit",
@@ -208,9 +213,9 @@ def _run_queue(unseen: str) -> Panels:
             ),
             Column("of the node's CPU", _of("workload:shoal_cpu_usage_per_node_usage:ratio"), "percentunit"),
             title="Who waits, and whose doing it is",
-            description="Threads that wait for a CPU, on average. Stopped by its own quota: its owner's limit is too "
-            "small. Not stopped, and a small part of the node's CPU: a neighbour holds it, the one with "
-            "the largest part. Normal: waits below 0.2.",
+            description="Threads that wait for a CPU, on average, and the part of the time in which it could have run. "
+            "Stopped by its own quota: its owner's limit is too small. Not stopped, and a small part of the node's "
+            "CPU: a neighbour holds it, the one with the largest part. Normal: waits below 0.2.",
             sort="waits",
             unseen=unseen,
         ),
@@ -267,6 +272,16 @@ def _memory_high(unseen: str) -> Panels:
 
 
 def _oom(unseen: str) -> Panels:
+    kills = "workload:shoal_memory_oom_kills:increase15m"
+    full = "workload:shoal_memory_unreclaimable_per_ceiling:ratio"
+    bites = own("shoal_memory_effective_limit_bytes", HERE)
+    # A kill is counted for a pod, limits are a container's: each container of the pod gets it, or the pod has a row.
+    of_pod, of_others = _of(kills, ("namespace", "pod"), ',pod!=""'), _of(kills, more=',pod=""')
+    killed = (
+        f"({bites}) * 0 + on (namespace, pod) group_left () {of_pod}\n"
+        f"or\n{of_pod} unless on (namespace, pod) ({bites})\n"
+        f"or\n{of_others}"
+    )
     return [
         chart(
             "Memory that cannot be reclaimed, of the limit",
@@ -293,9 +308,9 @@ def _oom(unseen: str) -> Panels:
         _who(
             Column(
                 "not reclaimable",
-                _of("workload:shoal_memory_unreclaimable_per_ceiling:ratio"),
+                f"sort_desc({_of(full)})",
                 "percentunit",
-                levels("workload:shoal_memory_unreclaimable_per_ceiling:ratio", "ShoalMemoryUnreclaimableNearLimit"),
+                levels(full, "ShoalMemoryUnreclaimableNearLimit"),
             ),
             Column(
                 "limit, of its own",
@@ -303,11 +318,13 @@ def _oom(unseen: str) -> Panels:
                 "percentunit",
                 levels("workload:shoal_memory_effective_limit_per_max:ratio", "ShoalMemoryAncestorLimit"),
             ),
-            Column("limit that bites", own("shoal_memory_effective_limit_bytes", HERE), "bytes"),
-            title="Who is close to which limit",
-            description="Below 100 % of its own, an ancestor's limit bites first: the pod's or the slice's. The open "
-            "question of a kill at half the limit is answered here. Normal: 100 %.",
-            sort="not reclaimable",
+            Column("limit that bites", bites, "bytes"),
+            Column("killed, 15 min", killed, levels=levels(kills, "ShoalOOMKill"), decimals=0),
+            title="Who was killed, and who is close to which limit",
+            description="Processes killed in the pod or unit. Below 100 % of its own, an ancestor's limit bites first: "
+            "the pod's or the slice's. The open question of a kill at half the limit is answered here. Normal: nobody, "
+            "and 100 %.",
+            sort="killed, 15 min",
             unseen=unseen,
         ),
     ]

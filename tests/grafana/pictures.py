@@ -1,4 +1,4 @@
-"""Draws the README's pictures of the dashboards, of the fleet that the tests are about: `make pictures`."""
+"""Draws the README's pictures of the dashboards, of what the fault lab recorded: `make pictures`."""
 
 from __future__ import annotations
 
@@ -10,41 +10,45 @@ from typing import Final
 from grafana.build import HERE
 from grafana.draw import draw
 from grafana.reader import Dashboard
-from tests.grafana.sick import CHECKOUT, MINUTES, fleet, node_of
-from tests.grafana.stored import END, serve
+from tests.grafana.recorded import STORIES, serve_recordings
 
 PICTURES: Final = HERE.parent / "docs" / "pictures"
 
 
 def main() -> None:
     """Draw them."""
+    listener, api = STORIES[2], STORIES[6]
     with (
         tempfile.TemporaryDirectory(prefix="shoal-pictures-") as directory,
-        serve(Path(directory), fleet(), MINUTES * 60) as server,
+        serve_recordings(Path(directory)) as server,
     ):
         PICTURES.mkdir(exist_ok=True)
-        for name, chosen, rows in (
-            ("fleet", {}, {"Where it burns"}),
+        for name, at, chosen, rows in (
+            ("fleet", listener.moment, {}, {"Where it burns"}),
             (
                 "node",
-                {"cluster": "east", "node": node_of(2)},
+                listener.moment,
+                {"cluster": "east", "node": listener.node},
                 {
                     "What fires here, and what cannot be seen",
-                    "Waiting for a CPU (failure 10)",
-                    "Killed below the limit (failure 5)",
                     "Listen queues overflow (failure 2)",
+                    "The connection tracking table is full (failure 9)",
+                    "The ports towards one destination are used up (failure 13)",
                 },
             ),
             (
                 "workload",
-                {"cluster": "east", "node": node_of(2), **CHECKOUT},
-                {"Why it is slow", "CPU", "Memory", "Connections"},
+                api.moment,
+                {"cluster": "east", "node": api.node, **api.culprit},
+                {"Why it is slow", "CPU", "Memory"},
             ),
         ):
             board = Dashboard.load(HERE / f"shoal-{name}.json", **chosen)
-            draw(board, server, END, PICTURES / f"{name}.png", rows=rows, seconds=75 * 60)
+            draw(board, server, at, PICTURES / f"{name}.png", rows=rows, seconds=_SECONDS)
             sys.stdout.write(f"{PICTURES / name}.png\n")
 
+
+_SECONDS: Final = 6 * 60
 
 if __name__ == "__main__":
     main()

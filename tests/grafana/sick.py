@@ -1,6 +1,6 @@
-"""A fleet in which every failure is on: one each on fourteen nodes, with others that are well or unseen.
+"""A made-up fleet with what no run of the fault lab has: two clusters, units, the longest name, nodes that are gone.
 
-The sick ones are made up, in the shapes that the rules' tests and the fault lab show: half an hour of calm, then the
+Some of its nodes are sick, in the shapes that the rules' tests and the lab show: half an hour of calm, then the
 failure. Their labels are those that Prometheus stores, the exporter's own pod on whatever has none.
 """
 
@@ -22,6 +22,7 @@ __all__ = [
     "BUSY",
     "CALM",
     "CHECKOUT",
+    "FAILING",
     "GONE",
     "LONG",
     "MINUTES",
@@ -29,6 +30,7 @@ __all__ = [
     "QUEUE",
     "REPORTS",
     "SECOND",
+    "SICK",
     "STEP",
     "UNIT",
     "UNSEEN",
@@ -48,6 +50,8 @@ UNSEEN_TOO: Final = "worker-18"
 """Another, which is known from kube-state-metrics."""
 GONE: Final = "worker-19"
 """A node whose exporter stopped answering 35 minutes ago."""
+FAILING: Final = "worker-16"
+"""A node on which a collector fails."""
 OLD: Final = "worker-17"
 """A node of the second cluster, whose kernel does not tell the memory of workloads."""
 SECOND: Final = "worker-02"
@@ -148,6 +152,7 @@ class _Node:
     """A node's series, as a scrape stores them: with the exporter's own pod, or outside Kubernetes without one."""
 
     def __init__(self, cluster: str, name: str, number: int) -> None:
+        self.name = name
         self.samples: list[Sample] = []
         self._target = {"node": name, "job": "shoal", "instance": f"10.0.{len(cluster)}.{number}:7462"}
         if cluster:
@@ -172,7 +177,7 @@ def fleet() -> Iterator[Sample]:
     _throttled(story, CHECKOUT)
     _checkout_otherwise_well(story)
     yield from story.samples
-    for cluster, name, number in (("east", "worker-16", 16), ("west", SECOND, 1), ("west", OLD, 2)):
+    for cluster, name, number in (("east", FAILING, 16), ("west", SECOND, 1), ("west", OLD, 2)):
         node = _Node(cluster, name, number)
         _well(node)
         yield from node.samples
@@ -208,7 +213,8 @@ def _well(node: _Node) -> None:
     """Add what every exporter says of itself, and of a node on which nothing is wrong."""
     node.put("shoal_build_info", _level(1, 1), version="0.1.0", python="3.11.2")
     for place, collector in enumerate(_COLLECTORS):
-        node.put("shoal_scrape_collector_success", lambda _: 1.0, collector=collector)
+        works = (node.name, collector) != (FAILING, "memory")
+        node.put("shoal_scrape_collector_success", lambda _, works=works: float(works), collector=collector)  # type: ignore[misc]
         node.put(
             "shoal_scrape_collector_duration_seconds",
             _level(0.002 * (place + 1), 0.002 * (place + 1)),
@@ -217,7 +223,7 @@ def _well(node: _Node) -> None:
     for signal in _SIGNALS:
         if signal == "neighbours_verify":
             node.put("shoal_signal_available", lambda _: 0.0, signal=signal, reason="not_enabled")
-        elif signal == "memory_workloads" and OLD in node.samples[0][1].values():
+        elif signal == "memory_workloads" and node.name == OLD:
             node.put("shoal_signal_available", lambda _: 0.0, signal=signal, reason="cgroup_v1")
         else:
             node.put("shoal_signal_available", lambda _: 1.0, signal=signal, reason="")
@@ -309,35 +315,6 @@ def _both_at_memory_high(node: _Node) -> None:
     _memory_high(node, UNIT)
 
 
-def _oom(node: _Node) -> None:
-    _memory(node, CHECKOUT, high=None, limit=1024, anon=960, cache=20)
-    node.put(
-        "shoal_memory_events_total", lambda minute: float(max(minute - CALM, 0) // 5), **CHECKOUT, event="oom_kill"
-    )
-    node.samples[:] = [sample for sample in node.samples if sample[0] != "shoal_node_memory_oom_kills_total"]
-    node.put("shoal_node_memory_oom_kills_total", lambda minute: 3.0 + max(minute - CALM, 0) // 5)
-
-
-def _code_eviction(node: _Node) -> None:
-    _memory(node, CHECKOUT, high=None, limit=512, anon=190, cache=310)
-    node.put("shoal_memory_refault_file_pages_total", _count(2, 420), **CHECKOUT)
-    node.put("shoal_memory_major_faults_total", _count(0, 64), **CHECKOUT)
-    node.put("shoal_memory_direct_scan_pages_total", _count(5, 3000), **CHECKOUT)
-    node.put("shoal_pressure_some_seconds_total", _count(0.01, 0.45), **CHECKOUT, resource="memory")
-    node.put("shoal_pressure_full_seconds_total", _count(0.0, 0.3), **CHECKOUT, resource="memory")
-
-
-def _waiting(node: _Node) -> None:
-    for who, wait in ((CHECKOUT, 1.6), (UNIT, 0.3)):
-        node.put("shoal_delay_seconds_total", _count(0.01, wait), **who, reason="block_io")
-        node.put("shoal_block_io_waits_total", _count(3, 8), **who)
-        node.put("shoal_delay_seconds_total", _count(0.0, wait / 10), **who, reason="reclaim")
-    node.put("shoal_cpu_usage_seconds_total", _count(0.3, 0.1), **CHECKOUT)
-    node.samples[:] = [one for one in node.samples if one[0] != "shoal_node_pressure_full_seconds_total"]
-    node.put("shoal_node_pressure_full_seconds_total", _count(0.02, 0.6), resource="io")
-    node.put("shoal_node_pressure_full_seconds_total", _count(0.0, 0.2), resource="memory")
-
-
 def _inodes(node: _Node) -> None:
     where = {"device": "/dev/vdb", "fstype": "ext4", "mountpoint": "/var/lib/containerd"}
     node.put("shoal_filesystem_inodes", lambda _: 1_310_720.0, **where)
@@ -358,6 +335,7 @@ def _redis(node: _Node) -> None:
     node.put("shoal_redis_ping_duration_seconds_count", _count(5, 5), **who)
     node.put("shoal_redis_aof_enabled", lambda _: 1.0, **who)
     node.put("shoal_redis_aof_delayed_fsync_total", _count(0, 0.05), **who)
+    node.put("shoal_redis_latency_event_last_seconds", _level(0.1, 0.4), **who, event="aof-fsync-always")
     node.put("shoal_redis_latest_fork_seconds", _level(0.02, 0.31), **who)
     node.put("shoal_redis_forks_total", _count(0, 1 / 600), **who)
     node.put("shoal_redis_used_memory_rss_bytes", _level(700 * _MI, 720 * _MI), **who)
@@ -383,59 +361,6 @@ def _listen_queue(node: _Node) -> None:
 def _pod(who: dict[str, str]) -> dict[str, str]:
     """Name a workload's pod, as series of its network namespace do."""
     return {name: value for name, value in who.items() if name != "container"}
-
-
-def _conntrack(node: _Node) -> None:
-    node.samples[:] = [
-        one for one in node.samples if one[0] not in ("shoal_conntrack_entries", "shoal_conntrack_limit")
-    ]
-    limit = 65_536
-    node.put("shoal_conntrack_limit", lambda _: float(limit))
-    node.put("shoal_conntrack_entries", lambda minute: min(_slope(20_000, 80_000)(minute), limit * 0.998), netns="host")
-    late = CALM + 25
-    for name, rate in (("drop", 3.0), ("early_drop", 0.6), ("insert_failed", 0.4)):
-        node.put(
-            f"shoal_conntrack_{name}_total",
-            lambda minute, rate=rate: 60.0 * rate * max(minute - late, 0),  # type: ignore[misc]
-            netns="host",
-        )
-    for who, share in ((CHECKOUT, 0.7), (REPORTS, 0.1)):
-        node.put(
-            "shoal_conntrack_owner_entries", _level(2000, limit * share), netns="pod", **_pod(who), direction="from"
-        )
-    for where, share in (("10.96.0.10", 0.72), ("10.0.3.9", 0.08)):
-        node.put(
-            "shoal_conntrack_destination_entries",
-            _level(2000, limit * share),
-            protocol="udp",
-            destination=where,
-            destination_port="53",
-        )
-
-
-def _dead_backend(node: _Node) -> None:
-    _conntrack_destinations(node)
-    for backend, reason, entries in (("10.1.2.9", "backend_gone", 34.0), ("10.1.7.7", "backend_silent", 2.0)):
-        node.put(
-            "shoal_conntrack_stale_entries",
-            _level(0, entries),
-            reason=reason,
-            protocol="udp",
-            destination="10.96.0.10",
-            destination_port="53",
-            backend=f"{backend}:53",
-        )
-    node.put("shoal_conntrack_dump_age_seconds", _level(30, 30), netns="host")
-
-
-def _conntrack_destinations(node: _Node) -> None:
-    node.put(
-        "shoal_conntrack_destination_entries",
-        _level(900, 1900),
-        protocol="udp",
-        destination="10.96.0.10",
-        destination_port="53",
-    )
 
 
 def _ports(node: _Node, time_wait: float) -> None:
@@ -469,33 +394,15 @@ def _reverse_path(node: _Node) -> None:
     node.put("shoal_reverse_path_unanswered_peers", _level(0, 5), device="eth1")
 
 
-def _neighbours(node: _Node) -> None:
-    where = {"device": "eth0", "address": "10.0.0.1"}
-    node.put("shoal_neighbour_mac_changes_total", lambda minute: float(max(minute - CALM, 0) // 3), **where)
-    node.put("shoal_neighbour_verify_mismatches_total", lambda minute: float(max(minute - CALM, 0) // 2), **where)
-    node.put("shoal_neighbour_verify_answering_macs", lambda minute: 2.0 if minute > CALM else 1.0, **where)
-    node.put("shoal_neighbour_macs", lambda minute: 2.0 if minute > CALM else 1.0, **where)
-    node.put("shoal_neighbour_confirmation_seconds", _level(12, 41), **where)
-    node.put(
-        "shoal_neighbour_state", lambda minute: float(minute > CALM), device="eth0", address="10.0.0.9", state="failed"
-    )
-    node.put("shoal_neighbours_resolution_failures_total", _count(0, 0.2), protocol="ipv4")
-    node.put("shoal_neighbours_table_overflows_total", _count(0, 0), protocol="ipv4")
-
-
 _FAULTS: Final[dict[int, Callable[[_Node], None]]] = {
     1: _redis,
     2: _listen_queue,
     3: _reverse_path,
     4: _inodes,
-    5: _oom,
     6: _both_at_memory_high,
-    7: _waiting,
-    8: _code_eviction,
-    9: _conntrack,
     10: _run_queue,
-    11: _neighbours,
-    12: _dead_backend,
     13: _sidecar_ports,
     14: _time_wait,
 }
+SICK: Final = tuple(_FAULTS)
+"""The failures that a node of its own has."""

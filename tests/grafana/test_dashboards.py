@@ -221,6 +221,13 @@ def test_dashboard_is_complete(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BOARDS)
+def test_dashboard_fits_into_a_config_map(name: str) -> None:
+    """And into the annotation in which `kubectl apply` keeps all of an object: 256 KiB, some of it for the rest."""
+    content = json.dumps((HERE / f"{name}.json").read_text(encoding="utf-8"), ensure_ascii=False)
+    assert len(content.encode()) < (256 - 4) * 1024
+
+
+@pytest.mark.parametrize("name", BOARDS)
 def test_variables_are_chained(name: str) -> None:
     """The choices of each list depend on all lists before it, so that a node's pods are offered and no others."""
     variables = [one for one in BOARDS[name].variables().values() if one["type"] == "query"]
