@@ -90,7 +90,7 @@ rules-next:
 dashboards: .venv/dev
 	$(BIN)/python -m grafana.build
 
-# Out of a real Prometheus that tests/grafana fills with failures.
+# Out of a real Prometheus that tests/grafana fills with what the fault lab recorded.
 pictures: dashboards
 	$(BIN)/python -m tests.grafana.pictures
 

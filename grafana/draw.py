@@ -7,6 +7,7 @@ JSON's; how that is drawn is not.
 from __future__ import annotations
 
 import datetime as dt
+import math
 import textwrap
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -14,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
+from matplotlib.ticker import MultipleLocator
 
 from grafana.reader import ALL, Answer, Dashboard, Prometheus, interpolate, legend
 
@@ -202,11 +204,11 @@ def _cells(
     table = board.table(panel, answers)
     settings = {column: _properties(panel, column) for column in table.columns}
     columns = [column for column in table.columns if not settings[column].get("custom.hidden")]
-    texts = [
-        {column: _cell(row.get(column), settings[column]) for column in columns}
-        for row in table.rows[: int((high - 22) // 20)]
-    ]
-    sizes = [max(len(column) * 1.15, *(_length(row[column]) for row in texts)) + 2 for column in columns]
+    fit = int((high - 22) // 20)
+    if len(table.rows) > fit:  # the last line says how many more there are
+        fit = int((high - 34) // 20)
+    texts = [{column: _cell(row.get(column), settings[column]) for column in columns} for row in table.rows[:fit]]
+    sizes = [max(len(column) * 1.3, *(_length(row[column]) for row in texts)) + 2 for column in columns]
     share = wide / sum(sizes)
     # A long name gives way to the other columns.
     sizes = [min(size, 30) if share < 5.6 else size for size in sizes]  # noqa: PLR2004
@@ -364,6 +366,8 @@ def _axes(axes: Axes, defaults: dict[str, Any], span: tuple[float, float], highe
     every = next((step for step in (60, 120, 300) if (span[1] - span[0]) / step <= 7), 900)  # noqa: PLR2004
     ticks = [at for at in range(int(span[0]) // 60 * 60, int(span[1]) + 1, 60) if at % every == 0 and at >= span[0]]
     axes.set_xticks(ticks, [f"{dt.datetime.fromtimestamp(at, dt.UTC):%H:%M}" for at in ticks], fontsize=7)
+    if defaults["unit"] == "bytes" and highest:
+        axes.yaxis.set_major_locator(MultipleLocator(2 ** round(math.log2(highest / 4))))
     marks = axes.get_yticks()
     axes.set_yticks(marks[:-1][:: max(len(marks) // 5, 1)])
     axes.yaxis.set_major_formatter(lambda value, _: written(value, defaults["unit"]) if value else "0")

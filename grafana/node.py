@@ -563,10 +563,13 @@ def _listen_queue(unseen: str) -> Panels:
             "ListenOverflows of each network namespace. The client saw its connection accepted or timing out, the "
             "application saw nothing. Normal: 0.",
             [
-                _line("netns:shoal_listen_queue_overflows:increase5m", "{{netns}} {{unit}}{{namespace}} {{pod}}"),
+                _line(
+                    "netns:shoal_listen_queue_overflows:increase5m",
+                    "{{netns}} {{unit}}{{namespace}} {{pod}} {{container}}",
+                ),
                 Line(
                     top(f"netns:shoal_listen_queue_request_drops:increase5m{{{HERE}}}"),
-                    "SYNs lost: {{netns}} {{namespace}} {{pod}}",
+                    "SYNs lost: {{netns}} {{namespace}} {{pod}} {{container}}",
                 ),
             ],
             unit="short",
@@ -609,7 +612,7 @@ def _conntrack(unseen: str) -> Panels:
         chart(
             "Connection tracking tables in use",
             "Entries of each network namespace's table, of the node's one limit. Normal: below 75 %, or level.",
-            [_line(fill, "{{netns}} {{unit}}{{namespace}} {{pod}}")],
+            [_line(fill, "{{netns}} {{unit}}{{namespace}} {{pod}} {{container}}")],
             unit="percentunit",
             colour=UTILISATION,
             levels=levels(fill, "ShoalConntrackNearlyFull"),
@@ -727,7 +730,12 @@ def _ports(unseen: str, *, time_wait: bool) -> Panels:
             "Connections closed without TIME_WAIT, 5 min",
             "tcp_max_tw_buckets was reached, so their ports are free at once. Normal: 0. With ports running out and "
             "none of these, the limit is the port range and not the buckets.",
-            [_line("netns:shoal_tcp_time_wait_overflows:increase5m", "{{netns}} {{unit}}{{namespace}} {{pod}}")],
+            [
+                _line(
+                    "netns:shoal_tcp_time_wait_overflows:increase5m",
+                    "{{netns}} {{unit}}{{namespace}} {{pod}} {{container}}",
+                )
+            ],
             unit="short",
             colour=SATURATION,
             levels=levels("netns:shoal_tcp_time_wait_overflows:increase5m", "ShoalTimeWaitOverflow"),
@@ -796,7 +804,7 @@ def _reverse_path(unseen: str) -> Panels:
         chart(
             "Packets dropped by the filter, 5 min",
             "IPReversePathFilter of each network namespace. Normal: a handful; that is the noise of the internet.",
-            [_line(drops, "{{netns}} {{unit}}{{namespace}} {{pod}}")],
+            [_line(drops, "{{netns}} {{unit}}{{namespace}} {{pod}} {{container}}")],
             unit="short",
             colour=SATURATION,
             levels=levels(drops, "ShoalReversePathDrops"),

@@ -13,6 +13,8 @@ from grafana.reader import Dashboard
 from tests.grafana.recorded import STORIES, serve_recordings
 
 PICTURES: Final = HERE.parent / "docs" / "pictures"
+_SECONDS: Final = 6 * 60
+"""About a run of the lab."""
 
 
 def main() -> None:
@@ -32,7 +34,7 @@ def main() -> None:
                 {
                     "What fires here, and what cannot be seen",
                     "Listen queues overflow (failure 2)",
-                    "The connection tracking table is full (failure 9)",
+                    "Connections go to a backend that is gone (failure 12)",
                     "The ports towards one destination are used up (failure 13)",
                 },
             ),
@@ -47,8 +49,6 @@ def main() -> None:
             draw(board, server, at, PICTURES / f"{name}.png", rows=rows, seconds=_SECONDS)
             sys.stdout.write(f"{PICTURES / name}.png\n")
 
-
-_SECONDS: Final = 6 * 60
 
 if __name__ == "__main__":
     main()

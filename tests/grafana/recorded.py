@@ -39,7 +39,8 @@ _KEPT: Final = re.compile(r"shoal_.+|up")
 class Story:
     """A failure in the course of a recording. Moments are on the clock of the tests, whose end is END."""
 
-    kernel: str
+    node: str
+    """The name that the machine has in the tests."""
     number: int
     alert: str
     culprit: dict[str, str]
@@ -49,11 +50,6 @@ class Story:
     caused: float
     paged: float
     cured: float
-
-    @property
-    def node(self) -> str:
-        """The name that the machine has in the tests."""
-        return f"lab-{self.kernel}"
 
     @property
     def moment(self) -> int:
@@ -75,6 +71,11 @@ class Recording:
             return cls(file.name.removesuffix(".json.gz"), json.load(source))
 
     @property
+    def node(self) -> str:
+        """The name that the machine has in the tests; in the lab it is always the same."""
+        return f"lab-{self.kernel}"
+
+    @property
     def seconds(self) -> int:
         """How long it is."""
         longest = max(len(expand(values)) for _, _, values in self.content["series"])
@@ -87,7 +88,7 @@ class Recording:
             spread: list[float] = []
             for value in expand(values):
                 spread += [math.nan] * (stride - 1) + [math.nan if value is None else value]
-            yield name, {**labels, "node": f"lab-{self.kernel}"}, spread
+            yield name, {**labels, "node": self.node}, spread
 
     def stories(self) -> Iterator[Story]:
         """Yield the failures that it has."""
@@ -96,7 +97,7 @@ class Recording:
         before = END - max(one["caused"] for one in failures) - 60
         for one in failures:
             moments = {name: END - one[name] for name in ("caused", "paged", "cured")}
-            yield Story(self.kernel, one["number"], one["alert"], one["culprit"], before, **moments)
+            yield Story(self.node, one["number"], one["alert"], one["culprit"], before, **moments)
 
 
 def taken_over(run: dict[str, Any]) -> dict[str, Any]:
@@ -109,7 +110,8 @@ def taken_over(run: dict[str, Any]) -> dict[str, Any]:
     kept = []
     for series in run["series"]:
         name = series["metric"].pop("__name__")
-        if not _KEPT.fullmatch(name):
+        # By that directory a run's report leaves the virtual machine.
+        if not _KEPT.fullmatch(name) or series["metric"].get("mountpoint", "").startswith("/tmp/"):  # noqa: S108
             continue
         at = {round((ends - float(moment)) / step, 3): value for moment, value in series["values"]}
         values = [at.get(float(count - 1 - place), "_") for place in range(count)]
@@ -154,7 +156,8 @@ def serve_recordings(directory: Path) -> AbstractContextManager[Prometheus]:
     samples = [sample for recording in RECORDINGS for sample in recording.samples()]
     seconds = max(recording.seconds for recording in RECORDINGS)
     # In the lab an alert waits for three evaluations, so that a run takes minutes.
-    return serve(directory, samples, seconds, step=STEP, wait=3 * STEP)
+    waits = {recording.node: 3 * recording.content["step"] for recording in RECORDINGS}
+    return serve(directory, samples, seconds, step=STEP, waits=waits)
 
 
 RECORDINGS: Final = [Recording.read(file) for file in sorted(HERE.glob("*.json.gz"))]

@@ -41,17 +41,22 @@ def write(samples: Iterable[Sample], step: int = STEP) -> str:
 
 @contextlib.contextmanager
 def serve(
-    directory: Path, samples: Iterable[Sample], seconds: int, *, step: int = STEP, wait: int | None = None
+    directory: Path,
+    samples: Iterable[Sample],
+    seconds: int,
+    *,
+    step: int = STEP,
+    waits: dict[str, int] | None = None,
 ) -> Iterator[Prometheus]:
     """Run a Prometheus with these series and all that the rules make of them.
 
-    `step` is between two samples of a series, and between two evaluations; `wait` is what every alert's `for` is, if it
-    is not as in the rules. Both are in seconds.
+    `step` is between two samples of a series, and between two evaluations; `waits` is {node: what every alert's `for`
+    is there}, if it is not as in the rules. All are in seconds.
     """
     _store(directory, write(samples, step))
     for layer in _layers():
         with _running(directory, step) as server:
-            text = "\n".join([*_evaluated(server, layer, seconds, step, wait), "# EOF", ""])
+            text = "\n".join([*_evaluated(server, layer, seconds, step, waits or {}), "# EOF", ""])
         _store(directory, text)
     with _running(directory, step) as server:
         yield server
@@ -144,7 +149,7 @@ def _layers() -> list[list[dict[str, Any]]]:
 
 
 def _evaluated(
-    server: Prometheus, layer: list[dict[str, Any]], seconds: int, step: int, wait: int | None
+    server: Prometheus, layer: list[dict[str, Any]], seconds: int, step: int, waits: dict[str, int]
 ) -> Iterator[str]:
     for rule in layer:
         for series in server.range(rule["expr"], END - seconds, END, step):
@@ -153,7 +158,7 @@ def _evaluated(
             name = rule.get("record", "ALERTS")
             if "alert" in rule:
                 labels |= {"alertname": rule["alert"], "alertstate": "firing"}
-                points = _firing(series, _seconds(rule["for"]) if wait is None else wait, step)
+                points = _firing(series, waits.get(labels.get("node", ""), _seconds(rule["for"])), step)
             yield from (f"{name}{_labels(labels)} {value!r} {at:.0f}" for at, value in points)
 
 

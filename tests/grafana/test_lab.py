@@ -28,7 +28,7 @@ pytestmark = pytest.mark.timeout(600)  # as in test_shown.py
 _FAILURES: Final = {failure.number: failure for failure in FAILURES}
 _SECONDS: Final = 15 * 60
 _STATES: Final = {"info": 1, "warning": 2, "critical": 3}
-_every_story = pytest.mark.parametrize("story", STORIES.values(), ids=lambda story: f"{story.number}-{story.kernel}")
+_every_story = pytest.mark.parametrize("story", STORIES.values(), ids=lambda story: f"{story.number}-{story.node}")
 
 # Whom the page does not name, as it is about all tables of a kind, and the dashboard does.
 _PODS: Final = {9: "resolver-client"}
@@ -192,8 +192,8 @@ def test_every_query_has_an_answer_in_a_recording(lab: Prometheus, name: str) ->
 @pytest.mark.parametrize(("name", "number", "ref"), _NEVER)
 def test_what_no_run_shows_the_made_up_fleet_does(stored: Prometheus, name: str, number: int, ref: str) -> None:
     """Those queries have an answer where what they ask for goes on."""
-    for node in (*SICK, FAILING):
-        board = opened(name, show=">= 0", cluster="east", node=node_of(node) if isinstance(node, int) else node)
+    for node in (*map(node_of, SICK), FAILING):
+        board = opened(name, show=">= 0", cluster="east", node=node)
         one = panel(board, number)
         answers = {answer.target["refId"]: answer for answer in board.ask(one, stored, END, MINUTES * 60)}
         if tells(answers[ref]):
