@@ -130,7 +130,8 @@ def test_the_page_opens_the_table_that_names_the_culprit(lab: Prometheus, story:
     assert node.chosen == {"cluster": "east", "node": story.node}
     assert _evidence(story, lab, node)
     firing = shown(node, panel(node, 1), lab, story.moment, _SECONDS).rows
-    assert any(row["alertname"] == story.alert and _names(row, story) for row in firing) or "pod" not in story.culprit
+    page = [row for row in firing if row["alertname"] == story.alert]
+    assert any(_names(row, story) or "pod" not in story.culprit for row in page)
 
 
 @_every_story
@@ -173,6 +174,22 @@ def test_workload_says_why(lab: Prometheus, number: int) -> None:
         assert any(tells(answer) for answer in workload.ask(one, lab, story.moment, _SECONDS)), title
     firing = shown(workload, titled(workload, "What fires for it"), lab, story.moment, _SECONDS).rows
     assert number in _PODS or story.alert in {row["alertname"] for row in firing}
+
+
+@pytest.mark.parametrize("number", [5, 6, 7, 8, 10])
+def test_the_kernel_that_lacks_a_signal_says_why(lab: Prometheus, number: int) -> None:
+    """Five failures cannot be seen under cgroup v1: their cells are not seen, and a click on one gives the reason."""
+    story, failure = STORIES[2], _FAILURES[number]
+    fleet = opened("shoal-fleet")
+    grid = titled(fleet, "Fourteen failures by node, worst first")
+    row = next(row for row in shown(fleet, grid, lab, story.moment, _SECONDS).rows if row["node"] == story.node)
+    assert row[failure.column] == -1
+    node, place = follow(fleet, links_of(grid, failure.column)[0], row)
+    rows = shown(node, panel(node, place), lab, story.moment, _SECONDS).rows
+    reasons = {row["signal"]: row["reason"] for row in rows if "signal" in row}
+    assert reasons
+    assert reasons.keys() <= set(failure.signals)
+    assert set(reasons.values()) <= {"cgroup_v1", "disabled"}
 
 
 @pytest.mark.parametrize("name", BOARDS)
