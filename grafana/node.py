@@ -200,7 +200,7 @@ def _run_queue(unseen: str) -> Panels:
                 decimals=2,
             ),
             Column(
-                "of its runnable time",
+                "of its time",
                 _of(share),
                 "percentunit",
                 levels(share, "ShoalRunQueueDelay", "ShoalCPUStarvation"),
@@ -504,13 +504,13 @@ def _redis(unseen: str) -> Panels:
         _who(
             Column("slow PINGs", _of("server:shoal_redis_ping_slow_per_ping:ratio5m", by), "percentunit"),
             Column(
-                "AOF stalls it logged, 5 min",
+                "AOF stalls",
                 _of(logged, by),
                 levels=levels(logged, "ShoalRedisAofStall"),
                 decimals=0,
             ),
             Column(
-                "held up by a flush, 5 min",
+                "late flushes",
                 _of("server:shoal_redis_aof_delayed_fsync:increase5m", by),
                 levels=levels("server:shoal_redis_aof_delayed_fsync:increase5m", "ShoalRedisAofDelayedFsync"),
                 decimals=0,
@@ -523,15 +523,16 @@ def _redis(unseen: str) -> Panels:
             ),
             Column("waited for I/O", _of("server:shoal_pressure_some_seconds:rate5m", by), "percentunit"),
             Column(
-                "memory of a rewrite",
+                "rewrite memory",
                 _of("server:shoal_redis_rewrite_memory_per_effective_limit:ratio", by),
                 "percentunit",
                 levels("server:shoal_redis_rewrite_memory_per_effective_limit:ratio", "ShoalRedisRewriteMemoryRisk"),
             ),
             title="Which server, and what holds it up",
-            description="Stalls that it put down to its append-only file, writes held up by a flush of over 2 s, the "
-            "last fork (in which nobody is answered), the time that its workload waited for I/O, and what a rewrite "
-            "needs of its memory limit. Normal: 0, 0, under 200 ms, under 2 %, under 95 %.",
+            description="Of the last five minutes: stalls that it logged and put down to its append-only file, writes "
+            "held up by a flush of over 2 s, and the time that its workload waited for I/O. The last fork, in which "
+            "nobody is answered, and what a rewrite needs of its memory limit. Normal: 0, 0, under 2 %, under 200 ms, "
+            "under 95 %.",
             sort="slow PINGs",
             unseen=unseen,
             empty="No server is watched (--redis.target, --redis.discover).",

@@ -286,7 +286,7 @@ def _disk() -> Panels:
         chart(
             "Redis: what holds it up",
             "Share of slow PINGs beside the share of time that its disk flushes slowly and that its workload waits "
-            "for I/O: those that rise together belong together. Normal: 0.",
+            "for I/O: those that rise together belong together. What it logged itself is on Node. Normal: 0.",
             [
                 Line(f"server:shoal_redis_ping_slow_per_ping:ratio5m{{{HERE}}}", "slow PINGs {{server}}"),
                 Line(f"server:shoal_disk_flush_seconds:rate5m{{{HERE}}}", "slow flushes {{server}}"),
