@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from grafana.reader import Prometheus
     from tests.grafana.sick import Sample
 
-__all__ = ["RECORDINGS", "STORIES", "Recording", "Story", "serve_recordings"]
+__all__ = ["RECORDINGS", "STORIES", "Recording", "Story", "serve_recordings", "taken_over"]
 
 HERE: Final = Path(__file__).parent / "recordings"
 LAB: Final = Path(__file__).parents[2] / ".lab"

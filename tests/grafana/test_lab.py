@@ -14,7 +14,7 @@ import pytest
 from grafana.failures import FAILURES
 from grafana.node import evidence_panel
 from tests.grafana.clicks import follow, links_of, opened, panel, shown, tells, titled, visit
-from tests.grafana.recorded import STORIES, Story
+from tests.grafana.recorded import STORIES, Recording, Story, taken_over
 from tests.grafana.sick import FAILING, MINUTES, SICK, node_of
 from tests.grafana.stored import END
 from tests.grafana.test_dashboards import BOARDS
@@ -216,3 +216,35 @@ def test_what_no_run_shows_the_made_up_fleet_does(stored: Prometheus, name: str,
         if tells(answers[ref]):
             return
     pytest.fail(f"{one['title']}: {answers[ref].target['expr']}")
+
+
+def test_a_run_of_the_lab_becomes_a_recording() -> None:
+    """Of what its Prometheus had, the exporter's series stay, with their gaps, and moments count from the end."""
+    exported = {"__name__": "shoal_listener_drops_total", "node": "db-1", "pod": "checkout"}
+    values = [[1000, "5"], [1005, "5"], [1010, "5"], [1020, "1e+06"]]
+    moments = {"caused": 1004.0, "paged": 1010.5, "cured": 1019.5}
+    run = {
+        "step": 5,
+        "faults": {"listen_queue": {"number": 2, "alert": "A", "culprit": {}, **moments}},
+        "series": [
+            {"metric": exported, "values": values},
+            {"metric": {"__name__": "ALERTS", "alertname": "ShoalListenQueueOverflow"}, "values": values},
+            {"metric": {"__name__": "shoal_filesystem_inodes", "mountpoint": "/tmp/out"}, "values": values},  # noqa: S108
+        ],
+    }
+    recording = Recording("6.18", taken_over(run))
+    ((name, labels, samples),) = recording.samples()
+    assert (name, labels) == ("shoal_listener_drops_total", {"node": "lab-6.18", "pod": "checkout"})
+    assert [*map(str, samples)] == ["5.0", "5.0", "5.0", "nan", "1000000.0"]
+    assert recording.content["series"][0][2] == "5x2 _x1 1e+06"
+    (story,) = recording.stories()
+    assert (END - story.caused, END - story.paged, END - story.cured) == (16, 9.5, 0.5)
+    assert END - story.moment == 5
+
+
+def test_a_slow_run_has_gaps_at_the_pace_of_the_tests() -> None:
+    """A lab in a virtual machine scrapes more seldom: what is between two of its samples is not made up."""
+    series = {"metric": {"__name__": "up"}, "values": [[1000, "1"], [1030, "0"]]}
+    ((_, _, samples),) = Recording("6.1", taken_over({"step": 30, "faults": {}, "series": [series]})).samples()
+    assert samples[5::6] == [1, 0]
+    assert sum(sample == sample for sample in samples) == 2  # noqa: PLR0124  (the others are no numbers)
