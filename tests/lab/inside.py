@@ -274,10 +274,13 @@ class Lab:
             for case in self.cases
             if case.outcome.detected
         }
-        kept = {"step": self.pace.interval, "faults": moments, "series": stack.series(seconds, self.pace.interval)}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with gzip.open(file, "wt", encoding="utf-8") as out:
-            json.dump(kept, out)
+        try:
+            kept = {"step": self.pace.interval, "faults": moments, "series": stack.series(seconds, self.pace.interval)}
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with gzip.open(file, "wt", encoding="utf-8") as out:
+                json.dump(kept, out)
+        except Exception as error:  # noqa: BLE001  (the run stands without it)
+            _say(f"what Prometheus recorded could not be kept: {error}")
 
     def tell(self, stack: Stack) -> None:
         """Say what has arrived since the last time."""
