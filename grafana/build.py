@@ -38,8 +38,8 @@ def built() -> dict[str, dict[str, Any]]:
 
 
 def text(content: dict[str, Any]) -> str:
-    """Write a dashboard the way it is committed."""
-    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    """Write a dashboard the way it is committed: by lines, for a diff, and not indented, as a ConfigMap has no room."""
+    return json.dumps(content, indent=0, ensure_ascii=False) + "\n"
 
 
 if __name__ == "__main__":
