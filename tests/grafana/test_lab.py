@@ -6,8 +6,11 @@ that holds the recordings and what today's rules make of them.
 
 from __future__ import annotations
 
+import gzip
+import json
 import re
 from typing import TYPE_CHECKING, Any, Final
+from unittest.mock import Mock
 from urllib.parse import quote
 
 import pytest
@@ -18,9 +21,14 @@ from tests.grafana.recorded import STORIES, Recording, Story, taken_over
 from tests.grafana.sick import FAILING, MINUTES, SICK, node_of
 from tests.grafana.stored import END
 from tests.grafana.test_dashboards import BOARDS
+from tests.lab.fault import Culprit
+from tests.lab.faults import load
+from tests.lab.inside import Lab, Pace, _Case
 from tests.rules.pack import alerts
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from grafana.reader import Dashboard, Prometheus
 
 pytestmark = pytest.mark.timeout(600)  # as in test_shown.py
@@ -218,28 +226,39 @@ def test_what_no_run_shows_the_made_up_fleet_does(stored: Prometheus, name: str,
     pytest.fail(f"{one['title']}: {answers[ref].target['expr']}")
 
 
-def test_a_run_of_the_lab_becomes_a_recording() -> None:
+def test_a_run_of_the_lab_becomes_a_recording(tmp_path: Path) -> None:
     """Of what its Prometheus had, the exporter's series stay, with their gaps, and moments count from the end."""
     exported = {"__name__": "shoal_listener_drops_total", "node": "db-1", "pod": "checkout"}
     values = [[1000, "5"], [1005, "5"], [1010, "5"], [1020, "1e+06"]]
-    moments = {"caused": 1004.0, "paged": 1010.5, "cured": 1019.5}
-    run = {
-        "step": 5,
-        "faults": {"listen_queue": {"number": 2, "alert": "A", "culprit": {}, **moments}},
-        "series": [
-            {"metric": exported, "values": values},
-            {"metric": {"__name__": "ALERTS", "alertname": "ShoalListenQueueOverflow"}, "values": values},
-            {"metric": {"__name__": "shoal_filesystem_inodes", "mountpoint": "/tmp/out"}, "values": values},  # noqa: S108
-        ],
-    }
-    recording = Recording("6.18", taken_over(run))
+    series = [
+        {"metric": exported, "values": values},
+        {"metric": {"__name__": "ALERTS", "alertname": "ShoalListenQueueOverflow"}, "values": values},
+        {"metric": {"__name__": "shoal_filesystem_inodes", "mountpoint": "/tmp/out"}, "values": values},  # noqa: S108
+    ]
+    stack = Mock(**{"series.return_value": series})
+    (fault,) = (fault for fault in load() if fault.number == 2)
+    lab = Lab([fault], Pace(interval=5, patience=0, resolve_within=0))
+    outcome = lab.outcomes[fault.name]
+    outcome.detected, outcome.seconds_to_page = True, 6.5
+    lab.cases.append(_Case(fault, outcome, Mock(), Culprit({"pod": "checkout"}), caused_at=1004.0, cured_at=1019.5))
+    lab.keep_series(stack, tmp_path / "kept" / "6.18.series.json.gz", 60)
+    with gzip.open(tmp_path / "kept" / "6.18.series.json.gz", "rt", encoding="utf-8") as source:
+        recording = Recording("6.18", taken_over(json.load(source)))
     ((name, labels, samples),) = recording.samples()
     assert (name, labels) == ("shoal_listener_drops_total", {"node": "lab-6.18", "pod": "checkout"})
     assert [*map(str, samples)] == ["5.0", "5.0", "5.0", "nan", "1000000.0"]
     assert recording.content["series"][0][2] == "5x2 _x1 1e+06"
     (story,) = recording.stories()
+    assert (story.number, story.alert, story.culprit) == (2, "ShoalListenQueueOverflow", {"pod": "checkout"})
     assert (END - story.caused, END - story.paged, END - story.cured) == (16, 9.5, 0.5)
     assert END - story.moment == 5
+
+
+def test_a_run_stands_without_its_recording(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A Prometheus that does not answer any more does not cost the report."""
+    stack = Mock(**{"series.side_effect": TimeoutError("timed out")})
+    Lab([], Pace(interval=5, patience=0, resolve_within=0)).keep_series(stack, tmp_path / "6.18.series.json.gz", 60)
+    assert capsys.readouterr().out.endswith("what Prometheus recorded could not be kept: timed out\n")
 
 
 def test_a_slow_run_has_gaps_at_the_pace_of_the_tests() -> None:
