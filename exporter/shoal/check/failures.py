@@ -17,7 +17,19 @@ if TYPE_CHECKING:
     from shoal.check.finding import Finding
     from shoal.check.snapshot import Pair
 
-__all__ = ["FAILURES", "Failure"]
+__all__ = ["FAILURES", "WANTS", "Failure", "Part"]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a failure that goes unseen where `signal` is absent: `unseen` is that part, in words.
+
+    `hidden` returns in words what is known to be there all the same, "" if nothing is: then an ok would be a guess.
+    """
+
+    signal: str
+    unseen: str
+    hidden: Callable[[Pair], str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +42,26 @@ class Failure:
     alerts: tuple[str, ...]
     signals: tuple[str, ...]
     look: Callable[[Pair], Iterable[Finding]]
+    parts: tuple[Part, ...] = ()
 
+
+_ENTER = "--netns.enter=true with CAP_SYS_ADMIN and CAP_SYS_PTRACE, as tier full of the chart has it"
+_NET_ADMIN = "CAP_NET_ADMIN, as tier attribution of the chart has it"
+WANTS: dict[str, str] = {
+    "conntrack_backends": _NET_ADMIN,
+    "conntrack_dump": _NET_ADMIN,
+    "conntrack_namespaces": _ENTER,
+    "delays_waits": _NET_ADMIN,
+    "ephemeral_ports_namespaces": _ENTER,
+    "listen_queue_pods": _ENTER,
+    "neighbours_verify": "--neighbours.verify=true with CAP_NET_RAW",
+    "redis_aof_servers": "--redis.discover=true, or --redis.target",
+}
+"""{signal: what gives it}, of those that are the exporter's to ask for."""
+
+_PORTS_ELSEWHERE = Part(
+    "ephemeral_ports_namespaces", "ports in other network namespaces", network.crowded_namespaces
+)
 
 FAILURES: tuple[Failure, ...] = (
     Failure(
@@ -46,6 +77,9 @@ FAILURES: tuple[Failure, ...] = (
         ),
         ("redis_aof_servers",),
         storage.redis,
+        # This signal tells whether other network namespaces may be entered; redis_aof_namespaces does not, if entering
+        # was tried and refused.
+        (Part("listen_queue_pods", "", storage.servers_not_asked),),
     ),
     Failure(
         2,
@@ -54,6 +88,10 @@ FAILURES: tuple[Failure, ...] = (
         ("ShoalListenQueueOverflow", "ShoalListenQueueNearlyFull"),
         ("listen_queue_namespaces",),
         network.listen_queue,
+        (
+            Part("listen_queue_listeners", "how full the queues are; what was refused is counted"),
+            Part("listen_queue_pods", "queues in other network namespaces; what they refused is counted"),
+        ),
     ),
     Failure(
         3,
@@ -110,6 +148,10 @@ FAILURES: tuple[Failure, ...] = (
         ("ShoalConntrackDrops", "ShoalConntrackNearlyFull", "ShoalConntrackInsertFailed"),
         ("conntrack_entries",),
         network.conntrack,
+        (
+            Part("conntrack_statistics", "dropped packets"),
+            Part("conntrack_namespaces", "the tables of other network namespaces"),
+        ),
     ),
     Failure(
         10,
@@ -131,6 +173,7 @@ FAILURES: tuple[Failure, ...] = (
         ),
         ("neighbours_watch",),
         network.neighbours,
+        (Part("neighbours_verify", "whether another MAC answers for an address"),),
     ),
     Failure(
         12,
@@ -152,6 +195,7 @@ FAILURES: tuple[Failure, ...] = (
         ),
         ("ephemeral_ports_own",),
         network.client_ports,
+        (_PORTS_ELSEWHERE, Part("conntrack_dump", "ports for masquerading")),
     ),
     Failure(
         14,
@@ -160,5 +204,6 @@ FAILURES: tuple[Failure, ...] = (
         ("ShoalTimeWaitPortsExhausted", "ShoalTimeWaitPortsNearlyExhausted"),
         ("ephemeral_ports_own",),
         network.time_wait_ports,
+        (_PORTS_ELSEWHERE,),
     ),
 )

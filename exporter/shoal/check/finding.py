@@ -32,6 +32,8 @@ class Finding:
 
 # Above it a digit after the point says nothing.
 _ROUND = 0.1
+# From one unit of memory to the next.
+_UNIT = 1024
 
 
 def ratio(above: Vector, below: Vector) -> Vector:
@@ -61,9 +63,9 @@ def percent(ratio: float) -> str:
 def size(amount: float) -> str:
     """Write an amount of bytes for a person."""
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if amount < 1024:  # noqa: PLR2004  (a unit to the next)
+        if amount < _UNIT:
             return f"{amount:.0f} {unit}"
-        amount /= 1024
+        amount /= _UNIT
     return f"{amount:.1f} TiB"
 
 

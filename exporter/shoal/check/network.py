@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "client_ports",
     "conntrack",
+    "crowded_namespaces",
     "listen_queue",
     "neighbours",
     "reverse_path",
@@ -45,8 +46,10 @@ def listen_queue(pair: Pair) -> Iterator[Finding]:
         if worst is None:
             yield Finding(alert, labels, evidence)
         else:
-            waiting = f"{length[worst]:.0f} in a queue for {limit[worst]:.0f}"
-            evidence += f", {by[worst]:.0f} of them by port {worst['port']}, {waiting}"
+            evidence += f", {by[worst]:.0f} of them by port {worst['port']}"
+            # One that has ended since has dropped some, and has no queue any more.
+            if worst in length and worst in limit:
+                evidence += f", {length[worst]:.0f} in a queue for {limit[worst]:.0f}"
             yield Finding(alert, worst, evidence)
     for labels, full in fill.items():
         if (
@@ -231,6 +234,33 @@ def _ports(pair: Pair, *, time_wait: bool) -> Iterator[Finding]:
                     f" {closed:.0f} of them in TIME_WAIT",
                 )
                 break
+
+
+# The exporter enters none that has fewer: no range that is any use is in danger.
+_WORTH_A_LOOK = 100
+
+
+def crowded_namespaces(pair: Pair) -> str:
+    """Say which network namespaces, of those that were not entered, have enough sockets to use up ports; "" if none."""
+    sockets = dict(pair.last("shoal_tcp_sockets_in_use"))
+    if not sockets:
+        return "nor are the sockets of network namespaces counted"
+    for labels, count in pair.last("shoal_tcp_time_wait_sockets").items():
+        sockets[labels] = sockets.get(labels, 0) + count
+    # The exporter's own listeners are in the one that it did look into.
+    own = {labels["netns"] for labels in pair.last("shoal_listener_accept_queue_limit")} or {"host"}
+    crowded = {
+        labels: count
+        for labels, count in sockets.items()
+        # Several may have one of these names, so one that was looked into says nothing of the others.
+        if count >= _WORTH_A_LOOK and (labels["netns"] not in own or labels["netns"] in ("pod", "container", "unit"))
+    }
+    if not crowded:
+        return ""
+    most = max(crowded, key=crowded.__getitem__)
+    name = short(most) if any(most[label] for label in OWNER) else f"network namespace {most['netns']}"
+    more = f", and {len(crowded) - 1} more have {_WORTH_A_LOOK} or more" if len(crowded) > 1 else ""
+    return f"{name} has {crowded[most]:.0f} TCP sockets{more}"
 
 
 def client_ports(pair: Pair) -> Iterator[Finding]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from shoal.check import runbooks
 from shoal.check.alerts import Status
-from shoal.check.failures import FAILURES
+from shoal.check.failures import FAILURES, WANTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -31,24 +31,27 @@ _MOST_FINDINGS = 5
 # What each value of the label `reason` means to a person.
 _REASONS = {
     "not_in_kernel": "this kernel does not have it, or its module is not loaded",
-    "disabled": "the kernel has it and was told not to count",
+    "disabled": "the kernel has it and was told not to count, by a sysctl or a boot parameter",
     "not_enabled": "the exporter was not asked for it",
     "cgroup_v1": "only cgroup v2 gives it",
-    "no_permission": "a capability or a mount is missing",
+    "no_permission": "a capability, a mount or the node's PID namespace is missing",
     "malformed": "the kernel's answer was not understood",
     "not_readable": "reading it failed",
-    "collector_failed": "the collector raised or did not finish in time",
+    "collector_failed": "the collector raised or did not finish in time, so the node may be under heavy load",
 }
+# Those that whoever runs the exporter can do something about.
+_REFUSALS = ("not_enabled", "no_permission")
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What is said of one failure. `why` is set where nothing can be told."""
+    """What is said of one failure. `why` is set where nothing can be told, `unseen` has what was not looked at."""
 
     failure: Failure
     status: Status
     findings: tuple[Finding, ...] = ()
     why: str = ""
+    unseen: tuple[str, ...] = ()
 
 
 def judge(pair: Pair) -> list[Verdict]:
@@ -60,18 +63,31 @@ def judge(pair: Pair) -> list[Verdict]:
 def _verdict(failure: Failure, pair: Pair) -> Verdict:
     # Sorted, so that the order does not change from one run to the next.
     found = sorted(set(failure.look(pair)), key=lambda one: (-one.status, one.alert, str(one.culprit.as_dict())))
+    absent = {part: why for part in failure.parts if (why := _absent(part.signal, pair))}
+    unseen = tuple(f"{part.unseen}. {why}" for part, why in absent.items() if part.unseen)
     if found:
-        return Verdict(failure, found[0].status, tuple(found))
-    signals = pair.signals()
+        return Verdict(failure, found[0].status, tuple(found), unseen=unseen)
     for signal in failure.signals:
-        if signal not in signals:
-            return Verdict(
-                failure, Status.UNKNOWN, why=f"this exporter, {pair.version or 'of no version'}, has no {signal}"
-            )
-        if signals[signal]:
-            reason = signals[signal]
-            return Verdict(failure, Status.UNKNOWN, why=f"{signal}: {_REASONS.get(reason, reason)} ({reason})")
-    return Verdict(failure, Status.OK)
+        if why := _absent(signal, pair):
+            return Verdict(failure, Status.UNKNOWN, why=why)
+    for part, why in absent.items():
+        if hidden := part.hidden(pair) if part.hidden else "":
+            said = f"{part.unseen} were not looked at; {hidden}" if part.unseen else hidden
+            return Verdict(failure, Status.UNKNOWN, why=f"{said}. {why}")
+    return Verdict(failure, Status.OK, unseen=unseen)
+
+
+def _absent(signal: str, pair: Pair) -> str:
+    """Return why a signal is absent and what would give it, "" if it is there."""
+    reason = pair.signals().get(signal)
+    if reason is None:
+        exporter = f"this exporter, {pair.version}," if pair.version else "this exporter"
+        return f"{exporter} has no {signal}: it is older, or the collector is off"
+    if not reason:
+        return ""
+    if signal in WANTS and reason in _REFUSALS:
+        return f"{signal}: {reason}, it wants {WANTS[signal]}"
+    return f"{signal}: {_REASONS[reason]} ({reason})" if reason in _REASONS else f"{signal}: {reason}"
 
 
 def overall(verdicts: Iterable[Verdict]) -> Status:
@@ -117,6 +133,8 @@ def render(node: str, verdicts: Sequence[Verdict], *, seconds: float, width: int
             lines += _wrapped(verdict.why, "    ", width)
         if verdict.findings:
             lines += _findings(verdict.findings, width)
+        for unseen in verdict.unseen:
+            lines += _wrapped(f"Not seen: {unseen}", "    ", width)
         told += verdict.status is not Status.UNKNOWN
     lines.append("")
     lines += _wrapped(_summary(verdicts, told), "", width)
@@ -128,7 +146,7 @@ def _findings(findings: Sequence[Finding], width: int) -> list[str]:
     for finding in findings[:_MOST_FINDINGS]:
         lines += _wrapped(f"{who(finding.culprit)}: {finding.evidence}", "    ", width)
     if len(findings) > _MOST_FINDINGS:
-        lines.append(f"    and {len(findings) - _MOST_FINDINGS} more; --json has them all")
+        lines += _wrapped(f"and {len(findings) - _MOST_FINDINGS} more; --json has them all", "    ", width)
     alert, culprit = findings[0].alert, findings[0].culprit
     # Not wrapped: a command that is broken cannot be pasted.
     lines += [f"    $ {command}" for command in runbooks.confirm(alert, culprit)]
@@ -142,6 +160,8 @@ def _findings(findings: Sequence[Finding], width: int) -> list[str]:
 def _summary(verdicts: Sequence[Verdict], told: int) -> str:
     counts = {status: sum(one.status is status for one in verdicts) for status in _ORDER}
     said = ", ".join(f"{count} {_WORDS[status]}" for status, count in counts.items() if count)
+    if partly := sum(one.status is Status.OK and bool(one.unseen) for one in verdicts):
+        said += f" ({partly} of them as far as was seen)"
     return f"{said}." if told else f"{said}: nothing can be told."
 
 
@@ -164,6 +184,7 @@ def as_json(node: str, verdicts: Sequence[Verdict], *, seconds: float) -> dict[s
                 "title": one.failure.title,
                 "status": _WORDS[one.status],
                 "why": one.why,
+                "unseen": list(one.unseen),
                 "findings": [
                     {
                         "alert": finding.alert,

@@ -52,10 +52,16 @@ Vector = dict[Labels, float]
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """One scrape. `samples` has every series by the name that PromQL knows; `taken` is in seconds of a steady clock."""
+    """One scrape. `samples` has every series by the name that PromQL knows.
+
+    `taken` is when it began, in seconds of a steady clock: what is quick was read then, however long the rest took.
+    """
 
     taken: float
     samples: dict[str, Vector] = field(default_factory=dict)
+
+
+_LATE = "collector_failed"
 
 
 class NotMetricsError(ValueError):
@@ -122,11 +128,13 @@ class Pair:
         return {labels: value / self.seconds for labels, value in self.increase(name, **match).items()}
 
     def signals(self) -> dict[str, str]:
-        """Return {signal: why it is absent, "" if it is there}."""
-        return {
-            labels["signal"]: labels["reason"]
-            for labels, _ in sorted(self.last("shoal_signal_available").items(), key=_by_value)
+        """Return {signal: why it is absent, "" if it is there}; what was late once has nothing to be compared with."""
+        late = {
+            labels["signal"]: _LATE
+            for labels in self.before.samples.get("shoal_signal_available", {})
+            if labels["reason"] == _LATE
         }
+        return {labels["signal"]: labels["reason"] for labels in self.last("shoal_signal_available")} | late
 
     @property
     def version(self) -> str:
@@ -140,7 +148,3 @@ def _matching(vector: Vector, match: Mapping[str, str]) -> Vector:
     return {
         labels: value for labels, value in vector.items() if all(labels[name] == want for name, want in match.items())
     }
-
-
-def _by_value(item: tuple[Labels, float]) -> float:
-    return item[1]

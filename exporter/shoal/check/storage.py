@@ -13,14 +13,15 @@ if TYPE_CHECKING:
 
     from shoal.check.snapshot import Pair, Vector
 
-__all__ = ["inodes", "redis"]
+__all__ = ["inodes", "redis", "servers_not_asked"]
 
 
 def redis(pair: Pair) -> Iterator[Finding]:
     """Redis servers that stall with the disk, fail to write, or may not survive a rewrite."""
     alert = "ShoalRedisAofStall"
+    not_asked = _behind_closed_doors(pair)
     for labels, value in pair.last("shoal_redis_up").items():
-        if not value and labels["reason"] != "loading":
+        if not value and labels["reason"] != "loading" and labels not in not_asked:
             yield Finding("ShoalRedisDown", labels.without("reason"), f"does not answer: {labels['reason']}")
     asked = pair.increase("shoal_redis_ping_duration_seconds_count")
     quick = without(pair.increase("shoal_redis_ping_duration_seconds_bucket", le="0.05"), "le")
@@ -45,6 +46,19 @@ def redis(pair: Pair) -> Iterator[Finding]:
 
 
 _FEWEST_PINGS = 10
+
+
+def servers_not_asked(pair: Pair) -> str:
+    """Say how many servers are known to run where nobody could ask them; "" if none."""
+    count = sum(pair.last("shoal_redis_servers_skipped").values()) + len(_behind_closed_doors(pair))
+    return f"{count:.0f} Redis servers run here and were not asked" if count else ""
+
+
+def _behind_closed_doors(pair: Pair) -> Vector:
+    """Return the servers that are only unreachable because their network namespaces may not be entered."""
+    refused = pair.signals().get("listen_queue_pods") == "no_permission"
+    unreachable = pair.last("shoal_redis_up", reason="unreachable")
+    return {labels: value for labels, value in unreachable.items() if refused and not value}
 
 
 def _disk_evidence(pair: Pair, server: Labels, slow: float) -> str:
