@@ -163,9 +163,13 @@ def _subcommand(name: str, arguments: Sequence[str]) -> int:
         flags, own = parser.parse(arguments)
         settings = None if own.sources else resolve(command.DEFAULTS | flags)
         configure("error", "logfmt")
-        return command.check(own, settings)
+        status = command.check(own, settings)
     except (SettingsError, command.UsageError) as error:
         _fail(_stop(str(error)), 3)
+    except Exception as error:  # noqa: BLE001  (whoever was woken can do nothing with a traceback)
+        _fail(f"this is a fault of {name} itself, please report it: {type(error).__name__}: {error}.", 3)
+    _end_without_hanging_threads(status)
+    return status
 
 
 def _run(settings: Settings) -> int:
@@ -196,7 +200,7 @@ def _run(settings: Settings) -> int:
 
 def _end_without_hanging_threads(status: int) -> None:
     """End the process here if a worker is stuck in the kernel: Python would wait for it for ever."""
-    from shoal.server import WORKERS  # noqa: PLC0415  (loaded by now)
+    from shoal.scrape import WORKERS  # noqa: PLC0415  (loaded by now, if there are any)
 
     workers = [thread for thread in threading.enumerate() if thread.name.startswith(WORKERS)]
     until = time.monotonic() + _THREADS_END

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -22,9 +23,12 @@ if TYPE_CHECKING:
     from shoal.collectors import Collector
     from shoal.kernel.files import Roots
 
-__all__ = ["METRICS", "Scraper"]
+__all__ = ["METRICS", "WORKERS", "Scraper", "Workers"]
 
 logger = logging.getLogger(__name__)
+
+WORKERS = "shoal"
+"""What the names of the worker threads begin with."""
 
 _STOP_SECONDS = 1.0
 # How long a collector may be read before those that wait for its thread get another.
@@ -169,6 +173,18 @@ class Scraper:
         for signal in collector.signals:
             absent.add((signal, Reason.COLLECTOR_FAILED.value), 0)
         return [absent, *_outcome(collector.name, 0, duration)]
+
+
+class Workers(ThreadPoolExecutor):
+    """Threads that nothing waits for at the end: one may be stuck in the kernel, where it cannot be stopped."""
+
+    def __init__(self, scraper: Scraper) -> None:
+        """Have one for each collector, so that one that hangs takes none from the others, and some to render."""
+        super().__init__(len(scraper.collectors) + 4, thread_name_prefix=WORKERS)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: ARG002, FBT001, FBT002  (inherited)
+        """End the threads that have nothing to do; asyncio would wait for the others for ever."""
+        super().shutdown(wait=False, cancel_futures=True)
 
 
 async def _ask_and_read(asks: Awaitable[None], run: _Run) -> None:

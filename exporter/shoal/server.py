@@ -11,7 +11,6 @@ import re
 import signal
 import socket
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from shoal.scrape import Scraper
     from shoal.web_config import WebConfig
 
-__all__ = ["BUILD_INFO", "WORKERS", "ListenError", "Metrics", "application", "catalogue", "serve"]
+__all__ = ["BUILD_INFO", "ListenError", "Metrics", "application", "catalogue", "serve"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +42,6 @@ BUILD_INFO = Metric(
     "the exporter itself",
     ("version", "python"),
 )
-
-WORKERS = "shoal"
-"""What the names of the worker threads begin with."""
 
 # Found when this is imported, as is what is in /proc below: reading would block the loop.
 _ALL_COLLECTORS = frozenset(collectors.available_names())
@@ -261,19 +257,10 @@ def application(scraper: Scraper, web_config: WebConfig | None = None) -> web.Ap
     return app
 
 
-class _Workers(ThreadPoolExecutor):
-    """Threads that nothing waits for at the end: one may be stuck in the kernel, where it cannot be stopped."""
-
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: ARG002, FBT001, FBT002  (inherited)
-        """End the threads that have nothing to do; asyncio would wait for the others for ever."""
-        super().shutdown(wait=False, cancel_futures=True)
-
-
 async def serve(listen: tuple[str, int], scraper: Scraper, web_config: WebConfig | None = None) -> None:
     """Serve until SIGTERM or SIGINT. Raises `ListenError` when the address cannot be had."""
     loop = asyncio.get_running_loop()
-    # A thread for each collector, so that one that hangs takes none from the others, and some to render.
-    loop.set_default_executor(_Workers(len(scraper.collectors) + 4, thread_name_prefix=WORKERS))
+    loop.set_default_executor(scrape.Workers(scraper))
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import getpass
+import io
 import json
 import os
+import re
 import shutil
 import ssl
 import sys
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,19 +23,17 @@ from shoal.check.alerts import Status
 from shoal.check.failures import FAILURES
 from shoal.check.report import JSON_VERSION, as_json, compare, judge, overall, render
 from shoal.check.snapshot import Pair, Snapshot
-from shoal.check.sources import Remote, SourceError, local
+from shoal.check.sources import PASSWORD_VARIABLE, Remote, SourceError, local
 from shoal.settings import closest
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Sequence
+    from collections.abc import Iterable, Sequence
 
     from shoal.check.report import Verdict
     from shoal.settings import Settings
 
-__all__ = ["DEFAULTS", "PASSWORD_VARIABLE", "UsageError", "add_arguments", "check", "explain"]
-
-PASSWORD_VARIABLE = "SHOAL_CHECK_PASSWORD"  # noqa: S105  (where it stands, not what it is)
+__all__ = ["DEFAULTS", "UsageError", "add_arguments", "check", "explain"]
 
 DEFAULTS = {"netns.enter": "true", "redis.discover": "true"}
 """What a person who looks at a node wants looked at; where it is not allowed, the report says so."""
@@ -41,7 +43,11 @@ _MOST_AT_ONCE = 16
 
 
 class UsageError(Exception):
-    """The arguments cannot be used. `str()` is a sentence."""
+    """What was asked for cannot be done so. `str()` is a sentence."""
+
+
+class _ReaderGoneError(Exception):
+    """Whoever read this has seen enough."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,19 +88,19 @@ def check(options: argparse.Namespace, settings: Settings | None) -> int:
     3 is for a node that could not be asked, or of which nothing can be told. Raises `UsageError`.
     """
     interval = _interval(options.interval)
-    remotes = [_remote(address, options) for address in _addresses(options.sources)]
-    status = Status.UNKNOWN
+    run = _Run(options)
     try:
-        if remotes:
-            status = _check_remotes(remotes, interval, options)
+        if options.sources:
+            addresses, access = _addresses(options.sources), _access(options)
+            run.remotes([Remote(address, *access) for address in addresses], interval)
         elif settings:
-            status = _check_local(settings, interval, options)
-    except KeyboardInterrupt:
+            run.local(settings, interval)
+    except (KeyboardInterrupt, EOFError):
+        # Ctrl-C or Ctrl-D; after --watch the status is that of the last look.
         _say_progress("")
-    except BrokenPipeError:
-        # Whoever read this has seen enough; nothing may complain when the interpreter flushes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return int(status)
+    except _ReaderGoneError:
+        pass
+    return int(run.status)
 
 
 def explain(arguments: Sequence[str]) -> int:
@@ -103,13 +109,10 @@ def explain(arguments: Sequence[str]) -> int:
         names = "\n".join(f"  {failure.number:>2}  {failure.name:<16} {failure.title}" for failure in FAILURES)
         usage = "usage: shoal-exporter explain FAILURE"
         text = f"{usage}\n\nFAILURE is a name or a number of these, or the name of an alert:\n{names}\n"
-        (sys.stderr if not arguments else sys.stdout).write(text)
+        (sys.stderr.write if not arguments else _write)(text)
         return int(Status.UNKNOWN if not arguments else Status.OK)
-    try:
-        sys.stdout.write(_pages(arguments[0]))
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with suppress(_ReaderGoneError):
+        _write(_pages(arguments[0]))
     return 0
 
 
@@ -152,66 +155,93 @@ def _addresses(sources: Sequence[str]) -> list[str]:
         if not any(named):
             raise UsageError(f"--from {source} has no address in it")
         found += filter(None, named)
+    if any(re.match(r"(?:\w+://)?[^/?#]*@", address) for address in found):
+        raise UsageError(f"an address is without a name and a password: {_PASSWORD}")
     return list(dict.fromkeys(found))
 
 
-def _remote(address: str, options: argparse.Namespace) -> Remote:
+_PASSWORD = f"everyone on this machine can read it there; the password is in {PASSWORD_VARIABLE} or asked for"
+
+
+def _access(options: argparse.Namespace) -> tuple[str, str, ssl.SSLContext]:
+    """Return what all exporters are asked with: name, password and TLS."""
+    if ":" in options.user:
+        raise UsageError(f"--user is the name alone: {_PASSWORD}")
     password = ""
     if options.user:
         password = os.environ.get(PASSWORD_VARIABLE, "")
         if not password and sys.stdin.isatty():
-            password = os.environ[PASSWORD_VARIABLE] = getpass.getpass(f"Password of {options.user}: ")
+            password = getpass.getpass(f"Password of {options.user}: ")
+    if options.key and not options.cert:
+        raise UsageError("--key is the key of a certificate, which --cert names")
     try:
         tls = ssl.create_default_context(cafile=options.cacert or None)
         if options.cert:
             tls.load_cert_chain(options.cert, options.key or None)
-    except (OSError, ssl.SSLError) as error:
+    except OSError as error:
         named = ", ".join(filter(None, (options.cacert, options.cert, options.key)))
-        raise UsageError(f"{named} cannot be used for TLS: {error.strerror or error}") from None
+        said = error.reason if isinstance(error, ssl.SSLError) else error.strerror
+        raise UsageError(f"{named} cannot be used for TLS: {said or 'there is no certificate in it'}") from None
+    # Python 3.13 would refuse certificates that curl, and Prometheus, take.
+    tls.verify_flags &= ~ssl.VERIFY_X509_STRICT
     if options.insecure:
         tls.check_hostname = False
         tls.verify_mode = ssl.CERT_NONE
-    return Remote(address, options.user, password, tls)
+    return options.user, password, tls
 
 
-def _check_local(settings: Settings, interval: float, options: argparse.Namespace) -> Status:
-    node = os.uname().nodename
-    before: Snapshot | None = None
-    status = Status.UNKNOWN
+class _Run:
+    """One run of `check`: asks, waits and prints, and remembers how bad it was."""
 
-    def take(snapshot: Snapshot) -> bool:
-        nonlocal before, status
-        if before is not None:
-            status = _print({node: Pair(before, snapshot)}, {}, options)
-            if not options.watch:
-                return False
-        before = snapshot
-        return True
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.status = Status.UNKNOWN
+        self._options = options
 
-    def wait() -> float:
-        _say_progress(f"reading twice, {interval:.0f} s apart ...")
-        return interval
+    def local(self, settings: Settings, interval: float) -> None:
+        """Read this node's own kernel."""
+        node = os.uname().nodename
+        before: Snapshot | None = None
 
-    asyncio.run(local(settings, wait, take))
-    return status
+        def take(snapshot: Snapshot) -> bool:
+            nonlocal before
+            if before is not None:
+                self._print({node: Pair(before, snapshot)}, {})
+                if not self._options.watch:
+                    return False
+            before = snapshot
+            return True
 
+        def wait() -> float:
+            _say_progress(f"reading twice, {interval:.0f} s apart ...")
+            return interval
 
-def _check_remotes(remotes: Sequence[Remote], interval: float, options: argparse.Namespace) -> Status:
-    first, failed = _scrape_all(remotes)
-    while True:
-        status = Status.UNKNOWN
-        if first:
-            _say_progress(f"scraping twice, {interval:.0f} s apart ...")
-            time.sleep(interval)
-        second, gone = _scrape_all([one for one in remotes if one.address in first])
-        status = _print({name: Pair(first[name], after) for name, after in second.items()}, failed | gone, options)
-        if not options.watch:
-            return status
-        if not first:
-            time.sleep(interval)
-        # One that did not answer is asked again.
-        again, failed = _scrape_all([one for one in remotes if one.address not in second])
-        first = second | again
+        _say_progress("reading ...")
+        asyncio.run(local(settings, wait, take))
+
+    def remotes(self, remotes: Sequence[Remote], interval: float) -> None:
+        """Scrape running exporters."""
+        _say_progress("scraping ...")
+        first, failed = _scrape_all(remotes)
+        while True:
+            if first:
+                _say_progress(f"scraping twice, {interval:.0f} s apart ...")
+                time.sleep(interval)
+            second, gone = _scrape_all([one for one in remotes if one.address in first])
+            pairs = {name: Pair(first[name], after) for name, after in second.items()}
+            self._print(pairs, failed | gone)
+            if not self._options.watch:
+                return
+            if not first:
+                time.sleep(interval)
+            # One that did not answer is asked again.
+            again, failed = _scrape_all([one for one in remotes if one.address not in second])
+            first = second | again
+
+    def _print(self, pairs: dict[str, Pair], failed: dict[str, str]) -> None:
+        verdicts: dict[str, Sequence[Verdict]] = {node: judge(pair) for node, pair in pairs.items()}
+        # Before it is written: it stands, whether it is read to its end or not.
+        self.status = _status(verdicts.values(), failed)
+        _report(pairs, verdicts, failed, self._options)
 
 
 def _scrape_all(remotes: Sequence[Remote]) -> tuple[dict[str, Snapshot], dict[str, str]]:
@@ -219,53 +249,80 @@ def _scrape_all(remotes: Sequence[Remote]) -> tuple[dict[str, Snapshot], dict[st
     found: dict[str, Snapshot] = {}
     failed: dict[str, str] = {}
 
-    def one(remote: Remote) -> None:
-        try:
-            found[remote.address] = remote.scrape()
-        except SourceError as error:
-            failed[remote.address] = str(error)
+    left = deque(remotes)
 
-    if remotes:
-        with ThreadPoolExecutor(min(len(remotes), _MOST_AT_ONCE)) as threads:
-            list(threads.map(one, remotes))
+    def work() -> None:
+        while left:
+            try:
+                remote = left.popleft()
+            except IndexError:
+                return
+            try:
+                found[remote.address] = remote.scrape()
+            except SourceError as error:
+                failed[remote.address] = str(error)
+
+    # Daemons, so that Ctrl-C need not wait for nodes that do not answer.
+    workers = [threading.Thread(target=work, daemon=True) for _ in range(min(len(remotes), _MOST_AT_ONCE))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
     order = [remote.address for remote in remotes if remote.address in found]
     return {address: found[address] for address in order}, failed
 
 
-def _print(pairs: dict[str, Pair], failed: dict[str, str], options: argparse.Namespace) -> Status:
+def _status(verdicts: Iterable[Sequence[Verdict]], failed: dict[str, str]) -> Status:
+    """Return the worst. A node that is ill counts before one that did not answer, and that before one that is well."""
+    statuses = [overall(one) for one in verdicts]
+    ill = max((one for one in statuses if one is not Status.UNKNOWN), default=Status.UNKNOWN)
+    return Status.UNKNOWN if failed and ill is Status.OK else ill
+
+
+def _report(
+    pairs: dict[str, Pair], verdicts: dict[str, Sequence[Verdict]], failed: dict[str, str], options: argparse.Namespace
+) -> None:
     _say_progress("")
-    verdicts: dict[str, Sequence[Verdict]] = {node: judge(pair) for node, pair in pairs.items()}
     if options.json:
         document: dict[str, Any] = {
             "version": JSON_VERSION,
             "nodes": [as_json(node, verdicts[node], seconds=pair.seconds) for node, pair in pairs.items()],
             "failed": failed,
         }
-        text = json.dumps(document, indent=None if options.watch else 2) + "\n"
-    else:
-        text = _text(pairs, verdicts, options)
-    sys.stdout.write(text)
-    sys.stdout.flush()
-    for sentence in failed.values() if not options.json else ():
+        _write(json.dumps(document, indent=None if options.watch else 2) + "\n")
+        return
+    _write(_text(pairs, verdicts, options))
+    for sentence in failed.values():
         sys.stderr.write(f"shoal-exporter: {sentence}.\n")
-    statuses = [overall(one) for one in verdicts.values()] + [Status.UNKNOWN] * bool(failed)
-    known = [status for status in statuses if status is not Status.UNKNOWN]
-    # A node that is ill is said before one that did not answer.
-    return max(known, default=Status.UNKNOWN) if not failed or any(known) else Status.UNKNOWN
 
 
 def _text(pairs: dict[str, Pair], verdicts: dict[str, Sequence[Verdict]], options: argparse.Namespace) -> str:
     terminal = sys.stdout.isatty()
     colour = terminal and not os.environ.get("NO_COLOR")
     width = shutil.get_terminal_size().columns
-    show: Callable[[str], str] = lambda node: render(  # noqa: E731  (three lines below is all of its use)
-        node, verdicts[node], seconds=pairs[node].seconds, width=width, colour=colour
-    )
     clear = "\033[H\033[2J" if options.watch and terminal else ""
-    parts = [show(node) for node in pairs]
+    parts = [
+        render(node, verdicts[node], seconds=pair.seconds, width=width, colour=colour) for node, pair in pairs.items()
+    ]
     if len(pairs) > 1:
         parts.append(compare(dict(verdicts), width=width, colour=colour))
     return clear + "\n".join(parts)
+
+
+def _write(text: str) -> None:
+    """Print it. Raises `_ReaderGoneError` if nobody reads any more, `UsageError` if it cannot be written."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A name may have what this terminal's characters have not.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        # Nothing may complain when the interpreter flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise _ReaderGoneError from None
+        raise UsageError(f"the answer cannot be written: {error.strerror}") from None
 
 
 def _say_progress(text: str) -> None:

@@ -59,9 +59,7 @@ WANTS: dict[str, str] = {
 }
 """{signal: what gives it}, of those that are the exporter's to ask for."""
 
-_PORTS_ELSEWHERE = Part(
-    "ephemeral_ports_namespaces", "ports in other network namespaces", network.crowded_namespaces
-)
+_PORTS_ELSEWHERE = Part("ephemeral_ports_namespaces", "ports in other network namespaces", network.crowded_namespaces)
 
 FAILURES: tuple[Failure, ...] = (
     Failure(

@@ -166,6 +166,8 @@ def _summary(verdicts: Sequence[Verdict], told: int) -> str:
 
 
 def _wrapped(text: str, indent: str, width: int) -> list[str]:
+    # Whatever a name has in it, it is shown, and not obeyed by the terminal.
+    text = "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
     return textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False) or [
         indent
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,15 +73,20 @@ _EXAMPLES = (
 def _about(command: str, culprit: Labels) -> str:
     for example, label in _EXAMPLES:
         value = culprit[label]
+        if not value or not value.isprintable():
+            continue
+        # The commands are to be pasted by root, and a mount point is called what whoever mounted it likes.
+        new = shlex.quote(value)
         if label == "protocol":
-            value = value and f"-p {value}"
+            new = f"-p {new}"
         elif label == "port":
-            value = value and f":{value}"
+            new = f":{new}"
         elif label == "server":
             host, _, port = value.rpartition(":")
-            value = f"-h {host} -p {port}" if port.isdigit() else ""
-        if value:
-            command = command.replace(example, value)
+            if not port.isdigit():
+                continue
+            new = f"-h {shlex.quote(host.strip('[]'))} -p {port}"
+        command = command.replace(example, new)
     return command
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import http.server
 import json
 import os
 import pty
 import re
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +22,7 @@ from shoal.check.report import compare, judge, render
 from shoal.check.snapshot import Labels, Pair, parse
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from tests.unit.conftest import StartExporter
 
@@ -32,55 +30,10 @@ pytestmark = pytest.mark.slow
 
 AVAILABLE = "".join(
     f'shoal_signal_available{{signal="{signal}"}} 1\n'
-    for signal in sorted({signal for failure in FAILURES for signal in failure.signals})
+    for failure in FAILURES
+    for signal in (*failure.signals, *(part.signal for part in failure.parts))
 )
 BUILD = 'shoal_build_info{version="9.9.9"} 1\n'
-
-
-@pytest.fixture
-def run(clean_environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Return a function that runs the command to its end."""
-
-    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "shoal", *arguments]
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=60, env=clean_environment | environment
-        )
-        assert "Traceback" not in done.stderr + done.stdout
-        return done
-
-    return run
-
-
-@pytest.fixture
-def node() -> Iterator[Callable[..., str]]:
-    """Return a function that serves answers in turn, the last one for ever, and returns the address."""
-    servers: list[http.server.HTTPServer] = []
-
-    def serve(*answers: str, status: int = 200) -> str:
-        left = list(answers)
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                body = (left.pop(0) if len(left) > 1 else left[0]).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                with contextlib.suppress(OSError):
-                    self.wfile.write(body)
-
-            def log_message(self, *_arguments: object) -> None:
-                """Say nothing."""
-
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        servers.append(server)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{server.server_address[1]}"
-
-    yield serve
-    for server in servers:
-        server.shutdown()
-        server.server_close()
 
 
 def overflow(count: int) -> str:
@@ -162,7 +115,7 @@ def test_nodes_are_compared(
     [
         ("<html>hello</html>", 200, "is not Prometheus' text format"),
         ("up 1\n", 200, "no Shoal exporter"),
-        ("no", 401, "give --user"),
+        ("no", 401, "it wants --user"),
         ("no", 503, "answered 503"),
     ],
 )

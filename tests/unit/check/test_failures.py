@@ -15,6 +15,7 @@ from shoal.check.report import Verdict, judge, overall
 from shoal.check.snapshot import NotMetricsError, Pair, Snapshot, parse
 
 SECONDS = 10.0
+SIGNALS = {name for one in FAILURES for name in (*one.signals, *(part.signal for part in one.parts))}
 WEB = 'namespace="shop",pod="web-0",container="app"'
 NAT_PORTS = "shoal_conntrack_nat_ports_available 1000 1000"
 PAIRS = 'source="10.0.0.1",destination="10.0.0.2",destination_port="5432"'
@@ -325,8 +326,7 @@ def pair(series: str) -> Pair:
     """Return two scrapes of these series, ten seconds apart, in which every signal is available."""
     rows = [line.rsplit(" ", 2) for line in series.splitlines()]
     moments = ["".join(f"{name} {values[moment]}\n" for name, *values in rows) for moment in (0, 1)]
-    signals = sorted({signal for failure in FAILURES for signal in failure.signals})
-    available = "".join(f'shoal_signal_available{{signal="{signal}"}} 1\n' for signal in signals)
+    available = "".join(f'shoal_signal_available{{signal="{signal}"}} 1\n' for signal in SIGNALS)
     return Pair(parse(moments[0] + available, 100.0), parse(moments[1] + available, 100.0 + SECONDS))
 
 
