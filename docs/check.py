@@ -32,6 +32,7 @@ told does not raise the status as long as something can: no kernel has every sig
 | `nodes[].status` | the worst of all: `ok`, `warning`, `critical` or `cannot tell` |
 | `nodes[].seconds` | the time between the two reads |
 | `nodes[].failures` | the fourteen, worst first: `number`, `name`, `title`, `status`, and `why` if it cannot be told |
+| `nodes[].failures[].unseen` | sentences: what was not looked at, why not, and what would help |
 | `nodes[].failures[].findings` | `alert`, `status`, `culprit` (labels), `evidence`, and the four below |
 | `confirm`, `first_commands` | commands, a line each, that prove it and that the first step wants |
 | `first_step`, `runbook_url` | the safest step in words, and the page with the others |

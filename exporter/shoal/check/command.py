@@ -146,7 +146,7 @@ def _addresses(sources: Sequence[str]) -> list[str]:
             found.append(source)
             continue
         try:
-            lines = Path(source).read_text(encoding="utf-8").splitlines()
+            lines = Path(source).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(
                 f"--from {source} cannot be read as text: {getattr(error, 'strerror', 'no UTF-8')}"

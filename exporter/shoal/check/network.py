@@ -238,6 +238,7 @@ def _ports(pair: Pair, *, time_wait: bool) -> Iterator[Finding]:
 
 # The exporter enters none that has fewer: no range that is any use is in danger.
 _WORTH_A_LOOK = 100
+_MANY_ARE = ("pod", "container", "unit", "other")
 
 
 def crowded_namespaces(pair: Pair) -> str:
@@ -252,15 +253,18 @@ def crowded_namespaces(pair: Pair) -> str:
     crowded = {
         labels: count
         for labels, count in sockets.items()
-        # Several may have one of these names, so one that was looked into says nothing of the others.
-        if count >= _WORTH_A_LOOK and (labels["netns"] not in own or labels["netns"] in ("pod", "container", "unit"))
+        # Several may be called so, and one that was looked into says nothing of the others.
+        if count >= _WORTH_A_LOOK and (labels["netns"] not in own or labels["netns"] in _MANY_ARE)
     }
     if not crowded:
         return ""
     most = max(crowded, key=crowded.__getitem__)
-    name = short(most) if any(most[label] for label in OWNER) else f"network namespace {most['netns']}"
+    if any(most[label] for label in OWNER):
+        name = short(most)
+    else:
+        name = "all without a name" if most["netns"] == "other" else f"network namespace {most['netns']}"
     more = f", and {len(crowded) - 1} more have {_WORTH_A_LOOK} or more" if len(crowded) > 1 else ""
-    return f"{name} has {crowded[most]:.0f} TCP sockets{more}"
+    return f"{name}: {crowded[most]:.0f} TCP sockets{more}"
 
 
 def client_ports(pair: Pair) -> Iterator[Finding]:
