@@ -120,7 +120,9 @@ def _pages(topic: str) -> str:
     pages = runbooks.names()
     if topic in pages:
         return runbooks.page(topic)
-    wanted = next((failure for failure in FAILURES if topic in (failure.name, str(failure.number))), None)
+    # Labels and files of the lab have an underscore where these names have a dash.
+    name = topic.replace("_", "-")
+    wanted = next((one for one in FAILURES if name in (one.name, one.lab, str(one.number))), None)
     if wanted is None:
         known = [failure.name for failure in FAILURES]
         near = closest(topic, known + pages) or f"; there are {', '.join(known)}, and the names of alerts"

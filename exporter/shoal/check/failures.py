@@ -43,10 +43,12 @@ class Failure:
     signals: tuple[str, ...]
     look: Callable[[Pair], Iterable[Finding]]
     parts: tuple[Part, ...] = ()
+    lab: str = ""
+    """What the fault lab calls it, and who has seen it there, if that is another name."""
 
 
-_ENTER = "--netns.enter=true with CAP_SYS_ADMIN and CAP_SYS_PTRACE, as tier full of the chart has it"
-_NET_ADMIN = "CAP_NET_ADMIN, as tier attribution of the chart has it"
+_ENTER = "--netns.enter=true with CAP_SYS_ADMIN and CAP_SYS_PTRACE (tier full of the chart)"
+_NET_ADMIN = "CAP_NET_ADMIN (tier attribution of the chart)"
 WANTS: dict[str, str] = {
     "conntrack_backends": _NET_ADMIN,
     "conntrack_dump": _NET_ADMIN,
@@ -114,6 +116,7 @@ FAILURES: tuple[Failure, ...] = (
         ("ShoalOOMKill", "ShoalMemoryUnreclaimableNearLimit"),
         ("memory_workloads",),
         workloads.oom,
+        lab="oom-kill",
     ),
     Failure(
         6,
@@ -130,6 +133,7 @@ FAILURES: tuple[Failure, ...] = (
         ("ShoalBlockIoStall", "ShoalBlockIoDelay", "ShoalMemoryStall"),
         ("delays_waits",),
         workloads.waiting,
+        lab="delays",
     ),
     Failure(
         8,
@@ -180,6 +184,7 @@ FAILURES: tuple[Failure, ...] = (
         ("ShoalConntrackBackendBlackhole", "ShoalConntrackStaleBackend"),
         ("conntrack_dump", "conntrack_backends"),
         network.stale_backends,
+        lab="conntrack-stale",
     ),
     Failure(
         13,
@@ -194,6 +199,7 @@ FAILURES: tuple[Failure, ...] = (
         ("ephemeral_ports_own",),
         network.client_ports,
         (_PORTS_ELSEWHERE, Part("conntrack_dump", "ports for masquerading")),
+        lab="sidecar-ports",
     ),
     Failure(
         14,

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from tests.lab.faults import load
 
-from shoal.check import runbooks
+from shoal.check import command, runbooks
 from shoal.check.alerts import ALERTS
 from shoal.check.failures import FAILURES
 from shoal.check.report import compare, judge, render
@@ -396,6 +397,14 @@ def test_explain(failure: object, run: Callable[..., Done]) -> None:
     assert by_name.returncode == 0
     assert by_name.stdout == by_number.stdout
     assert by_name.stdout.startswith(f"# {failure.alerts[0]}\n")  # type: ignore[attr-defined]
+
+
+def test_explain_knows_the_names_of_the_lab(capsys: pytest.CaptureFixture[str]) -> None:
+    """Who has seen `make demo FAULT=oom_kill` asks for that; and `signal` in a page has underscores."""
+    for fault in load():
+        assert command.explain([fault.name]) == 0
+        first = next(one for one in FAILURES if one.number == fault.number).alerts[0]
+        assert capsys.readouterr().out.startswith(f"# {first}\n")
 
 
 @pytest.mark.parametrize("alert", sorted(ALERTS))

@@ -96,8 +96,7 @@ def test_listeners_of_pods_that_were_not_entered() -> None:
     [unseen] = found.unseen
     assert unseen.startswith("queues in other network namespaces; what they refused is counted. listen_queue_pods: ")
     assert unseen.endswith(
-        "no_permission, it wants --netns.enter=true with CAP_SYS_ADMIN and CAP_SYS_PTRACE, as tier full of the chart "
-        "has it"
+        "no_permission, it wants --netns.enter=true with CAP_SYS_ADMIN and CAP_SYS_PTRACE (tier full of the chart)"
     )
 
 
