@@ -26,7 +26,8 @@ RUN /opt/shoal/bin/python image/rootfs.py /rootfs
 
 FROM scratch
 COPY --from=build /rootfs /
-ENV PATH=/opt/shoal/bin PYTHONDONTWRITEBYTECODE=1
+# OpenSSL looks for certificates where Debian has links to this file.
+ENV PATH=/opt/shoal/bin PYTHONDONTWRITEBYTECODE=1 SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt
 # By number, so that Kubernetes can tell that it is not root. Tiers with capabilities run it as root by their own word.
 USER 65534:65534
 EXPOSE 7462

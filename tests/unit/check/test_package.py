@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -71,3 +72,10 @@ def test_runbooks_are_in_the_package(made_from: str, tmp_path: Path) -> None:
     assert said == (ROOT / "rules" / "runbooks" / "ShoalOOMKill.md").read_text(encoding="utf-8")
     where = python("-c", "import shoal; print(shoal.__file__)", cwd=tmp_path, PYTHONPATH=str(place))
     assert where.startswith(str(place))
+
+
+def test_the_image_trusts_what_it_has() -> None:
+    """The file with all certificates is copied, and OpenSSL is told of it: its own default is not in the image."""
+    [said] = re.findall(r"SSL_CERT_FILE=(\S+)", (ROOT / "Dockerfile").read_text(encoding="utf-8"))
+    [copied_from] = re.findall(r'^CERTIFICATES = Path\("(.+)"\)$', (ROOT / "image/rootfs.py").read_text(), re.MULTILINE)
+    assert said == copied_from

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import gzip
 import json
 import re
 import socket
+import ssl
 import subprocess
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import bcrypt
 import pytest
 
-from shoal.check import sources
+from shoal.check import command, sources
 from shoal.check.sources import Remote, SourceError
 
 if TYPE_CHECKING:
@@ -117,6 +119,22 @@ def test_a_certificate_of_the_client(guarded: Callable[..., str], keys: Path, ru
         assert code == 3
         assert re.search(r"the TLS handshake failed|it ended the connection", said)
         assert said.count("\n") == 1
+
+
+def test_certificates_that_are_only_old_fashioned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.13 refuses what has no key usage or key identifier; curl and Prometheus do not, so neither does this."""
+    make = ssl.create_default_context
+
+    def as_in_3_13(**arguments: Any) -> ssl.SSLContext:
+        context = make(**arguments)
+        context.verify_flags |= ssl.VERIFY_X509_STRICT
+        return context
+
+    monkeypatch.setattr(ssl, "create_default_context", as_in_3_13)
+    _, _, tls = command._access(argparse.Namespace(user="", cacert="", cert="", key="", insecure=False))
+    assert not tls.verify_flags & ssl.VERIFY_X509_STRICT
+    assert tls.verify_mode is ssl.CERT_REQUIRED
+    assert tls.check_hostname
 
 
 def test_no_tls_there(node: Callable[..., str], run: Run) -> None:
