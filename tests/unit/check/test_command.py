@@ -294,6 +294,29 @@ def test_a_terminal_of_ascii(node: Callable[..., str], clean_environment: dict[s
     assert done.stderr == ""
 
 
+BROKEN = """
+import sys
+from shoal.check import command
+command.judge = lambda pair: {}["a fault"]
+from shoal.cli import main
+sys.exit(main())
+"""
+
+
+def test_a_fault_of_its_own(node: Callable[..., str], clean_environment: dict[str, str]) -> None:
+    """Whoever was woken can do nothing with a traceback."""
+    done = subprocess.run(
+        [sys.executable, "-c", BROKEN, "check", "--interval=1", f"--from={node(overflow(5))}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=clean_environment,
+        timeout=60,
+    )
+    assert done.returncode == 3
+    assert done.stderr == ("shoal-exporter: this is a fault of check itself, please report it: KeyError: 'a fault'.\n")
+
+
 @pytest.mark.parametrize("columns", [40, 80, 200])
 def test_no_line_is_too_wide(columns: int) -> None:
     """But for commands, which are to be pasted."""

@@ -10,6 +10,7 @@ import re
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -96,6 +97,32 @@ def test_tls_and_a_password(guarded: Callable[..., str], keys: Path, run: Run) -
     assert "it ended the connection without an answer, perhaps for want of https://" in plain.stderr
     named = run("check", f"--from={address.replace('127.0.0.1', 'localhost')}", "--interval=1", trusted)
     assert "its certificate is not trusted, Hostname mismatch" in named.stderr
+
+
+def test_a_password_is_asked_for_on_a_terminal(
+    guarded: Callable[..., str], keys: Path, clean_environment: dict[str, str]
+) -> None:
+    """Where it is in no variable; what is typed is not shown, and Ctrl-D is no fault."""
+    shoal = f"{sys.executable} -m shoal check --interval=1 --from={guarded()} --user=alice --cacert={keys / 'ca.crt'}"
+    for typed, status in ((f"{PASSWORD}\n", (0, 1, 2)), ("guessed\n", (3,)), ("\x04", (3,))):
+        with subprocess.Popen(
+            ["script", "--quiet", "--return", "--command", shoal, "/dev/null"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=clean_environment,
+        ) as process:
+            assert process.stdin
+            assert process.stdout
+            # Not before it is asked for: what is typed earlier is thrown away.
+            shown = process.stdout.read(len("Password of alice: "))
+            assert shown == "Password of alice: "
+            process.stdin.write(typed)
+            process.stdin.flush()
+            shown = process.stdout.read()
+            assert process.wait(timeout=30) in status, shown
+        assert typed.strip() not in shown or typed == "\x04"
+        assert "Traceback" not in shown
 
 
 def test_a_certificate_of_the_client(guarded: Callable[..., str], keys: Path, run: Run) -> None:
@@ -288,6 +315,28 @@ def test_a_wrong_address(address: str, sentence: str) -> None:
     """Each is told from the others, and nothing else happens."""
     with pytest.raises(SourceError, match=sentence):
         Remote(address).scrape()
+
+
+HANGS = """
+import sys, time
+from shoal.collectors.conntrack import ConntrackCollector
+ConntrackCollector.read = lambda collector, node: time.sleep(600)
+from shoal.cli import main
+sys.exit(main())
+"""
+
+
+def test_an_exporter_whose_read_hangs(start_exporter: StartExporter, run: Run) -> None:
+    """It answers with the rest after 10 s, and so does this; what hangs is told apart from what is well."""
+    exporter = start_exporter(program=("-c", HANGS))
+    began = time.monotonic()
+    done = run("check", f"--from={exporter.url}", "--interval=1", "--json")
+    assert 10 < time.monotonic() - began < 25
+    found = {one["name"]: one for one in json.loads(done.stdout)["nodes"][0]["failures"]}
+    for failure in ("conntrack-full", "stale-backend"):
+        assert found[failure]["status"] == "cannot tell"
+        assert "did not finish in time" in found[failure]["why"]
+    assert found["listen-queue"]["status"] != "cannot tell"
 
 
 def test_rates_are_of_the_time_between_the_reads(node: Callable[..., str], run: Run) -> None:
