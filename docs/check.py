@@ -18,7 +18,9 @@ where the runbook has an example.
 
 Each line is a failure: ok, warning, critical, or cannot tell, with the reason. The exit status is that of monitoring
 plugins: 0 nothing is wrong, 1 a warning, 2 critical, 3 nothing can be told or a node did not answer. What cannot be
-told does not raise the status as long as something can: no kernel has every signal.
+told does not raise the status as long as something can: no kernel has every signal. `Not seen:` names a part that was
+not looked at, such as other network namespaces, and what would give it. Where that part is known to matter, as when a
+pod that may not be entered has a hundred sockets, the failure is not ok but cannot be told.
 
 ## JSON
 

@@ -259,6 +259,8 @@ def test_a_password_is_sent_and_never_shown(node: Callable[..., str], run: Calla
 def shell(command: str, environment: dict[str, str]) -> Done:
     """Run a command line in which `shoal` is the exporter."""
     command = command.replace("shoal", f"{sys.executable} -m shoal", 1)
+    # What is left in a buffer is written at the end, which is where a closed pipe is met again.
+    environment = {name: value for name, value in environment.items() if name != "PYTHONUNBUFFERED"}
     return subprocess.run(
         ["bash", "-c", command], capture_output=True, text=True, check=False, timeout=60, env=environment
     )

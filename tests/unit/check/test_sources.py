@@ -123,6 +123,7 @@ def test_a_password_is_asked_for_on_a_terminal(
             assert process.wait(timeout=30) in status, shown
         assert typed.strip() not in shown or typed == "\x04"
         assert "Traceback" not in shown
+        assert "fault" not in shown
 
 
 def test_a_certificate_of_the_client(guarded: Callable[..., str], keys: Path, run: Run) -> None:
