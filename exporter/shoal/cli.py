@@ -170,8 +170,9 @@ def _subcommand(name: str, arguments: Sequence[str]) -> int:
 
 def _run(settings: Settings) -> int:
     # Imported here so that --help and a wrong argument answer without loading the web server.
+    from shoal.listener import ListenError  # noqa: PLC0415
     from shoal.scrape import Scraper  # noqa: PLC0415
-    from shoal.server import ListenError, serve  # noqa: PLC0415
+    from shoal.server import serve  # noqa: PLC0415
 
     # Worker threads parse while the loop answers; a shorter turn keeps the loop's wait under its 10 ms.
     sys.setswitchinterval(0.001)

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 _STOP_SECONDS = 1.0
 # How long a collector may be read before those that wait for its thread get another.
 _PATIENCE_SECONDS = 0.02
+# Of one collector. A node of 500 pods has 15,000 in all; more than this is a fault, or somebody's intent.
+_MOST_SAMPLES = 50_000
 
 _Result = tuple[list[Family], float]
 
@@ -241,6 +243,8 @@ def _check(families: object) -> None:
         if not isinstance(family, Family):
             raise TypeError(f"read() returned a list with {type(family).__name__} in it, which is no family")
         family.check()
+    if (samples := sum(len(family.samples) for family in families)) > _MOST_SAMPLES:
+        raise ValueError(f"{samples} samples, and {_MOST_SAMPLES} are the most that an answer has of one collector")
 
 
 def _look(task: asyncio.Future[Any]) -> None:

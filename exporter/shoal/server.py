@@ -6,17 +6,16 @@ import asyncio
 import gzip
 import html
 import logging
-import os
 import re
 import signal
-import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from functools import partial
+from typing import TYPE_CHECKING, cast
 
-from aiohttp import web
+from aiohttp import hdrs, web
+from aiohttp.payload import Payload
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.openmetrics.exposition import generate_latest as generate_latest_openmetrics
 
@@ -24,15 +23,17 @@ from shoal import __version__, collectors, scrape
 from shoal.exposition import render
 from shoal.families import Family, Metric
 from shoal.kernel.files import Reason
+from shoal.listener import Listener, joined
 
 if TYPE_CHECKING:
-    import ssl
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine, Hashable
+
+    from aiohttp.abc import AbstractStreamWriter
 
     from shoal.scrape import Scraper
     from shoal.web_config import WebConfig
 
-__all__ = ["BUILD_INFO", "WORKERS", "ListenError", "Metrics", "application", "catalogue", "serve"]
+__all__ = ["BUILD_INFO", "WORKERS", "Metrics", "application", "catalogue", "serve"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,15 @@ BUILD_INFO = Metric(
     "Always 1; the version of the exporter and of the Python that runs it.",
     "the exporter itself",
     ("version", "python"),
+)
+
+REFUSED = Metric(
+    "shoal_web_refused_total",
+    "counter",
+    "What clients were refused because there was too much of it at once: connections that were ended or not begun,"
+    " answers that were not made (503).",
+    "the exporter itself",
+    ("reason",),
 )
 
 WORKERS = "shoal"
@@ -59,14 +69,15 @@ _LONGEST_TIMEOUT = 120.0
 
 # Seconds that scrapes have to end after SIGTERM; aiohttp waits as long again for those that it then cancels.
 _LAST_ANSWERS = 0.5
-# An exporter that watches listen queues should not overflow its own when many ask at once.
-_BACKLOG = 1024
-# Seconds that a client has for the handshake of TLS, and for its end.
-_HANDSHAKE = 10.0
-_GOODBYE = 0.5
 # Seconds that a client has to send the headers of a request, counted from its last answer, so it is also how long it
 # may keep an idle connection: an hour by default, and each costs a descriptor. Prometheus asks once a minute, or more.
 _IDLE = 75.0
+
+# Different answers that may be in the making at once. Two Prometheus servers and a person ask for three.
+_ANSWERS = 16
+# An answer is written in pieces, and in so many seconds at most.
+_PIECE = 1 << 16
+_READING = 60.0
 
 # What a probe asks for, which has no password.
 _PROBES = frozenset({"/-/healthy", "/-/ready"})
@@ -80,12 +91,8 @@ def catalogue() -> dict[str, Metric]:
     """Return every `shoal_` metric that the exporter can export, by name. Imports all collectors."""
     from shoal import web_config  # noqa: PLC0415  (most exporters run without)
 
-    own = (*scrape.METRICS, *web_config.METRICS, BUILD_INFO)
+    own = (*scrape.METRICS, *web_config.METRICS, REFUSED, BUILD_INFO)
     return collectors.catalogue() | {metric.name: metric for metric in own}
-
-
-class ListenError(Exception):
-    """The address cannot be listened on. `str()` is a sentence that says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,14 +106,67 @@ class _Request:
     timeout: float
 
 
+class _Answers:
+    """The answers in the making: who asks for the same at the same time gets the same."""
+
+    def __init__(self) -> None:
+        self.refused = 0
+        self._tasks: dict[Hashable, asyncio.Task[bytes]] = {}
+
+    async def get(self, wanted: Hashable, make: Callable[[], Coroutine[None, None, bytes]]) -> bytes:
+        """Return what `make` returns, called if nobody waits for the same yet. Raises 503 for one too many."""
+        task = self._tasks.get(wanted)
+        if task is None:
+            if len(self._tasks) >= _ANSWERS:
+                self.refused += 1
+                raise web.HTTPServiceUnavailable(
+                    text="too many different questions at once; ask again in a second.\n",
+                    headers={hdrs.RETRY_AFTER: "1"},
+                )
+            task = self._tasks[wanted] = asyncio.create_task(make())
+            task.add_done_callback(lambda _: self._tasks.pop(wanted, None))
+        # A client that goes away must not end the work that others wait for.
+        return await asyncio.shield(task)
+
+
+class _Body(Payload):
+    """An answer that many may share. Whoever reads it slowly keeps a piece of it in memory, and not for ever."""
+
+    _value: bytes
+
+    def __init__(self, value: bytes, content_type: str) -> None:
+        super().__init__(value, content_type=content_type)
+        self._size = len(value)
+
+    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        return self._value.decode(encoding, errors)
+
+    async def write(self, writer: AbstractStreamWriter) -> None:
+        view = memoryview(self._value)
+        try:
+            async with asyncio.timeout(_READING):
+                for start in range(0, len(view), _PIECE):
+                    await writer.write(view[start : start + _PIECE])
+        except TimeoutError:
+            if writer.transport:
+                # Not closed, which would wait until everything is read.
+                writer.transport.abort()
+            raise ConnectionAbortedError from None
+
+
 class Metrics:
     """Answers /metrics: the collectors' families and the exporter's own, rendered in a worker thread."""
 
-    def __init__(self, scraper: Scraper, more: Callable[[], list[Family]] = list) -> None:
+    def __init__(
+        self,
+        scraper: Scraper,
+        answers: _Answers | None = None,
+        more: Callable[[], list[Family]] = list,
+    ) -> None:
         """Answer from this scraper, with the exporter's own families that `more` returns."""
         self._scraper = scraper
         self._more = more
-        self._answers: dict[_Request, asyncio.Task[bytes]] = {}
+        self._answers = answers or _Answers()
 
     async def handle(self, request: web.Request) -> web.Response:
         """Answer GET /metrics. `collect[]`, `exclude[]` choose collectors, `name[]` metrics by their full name."""
@@ -119,17 +179,11 @@ class Metrics:
             gzip=_quality(request.headers.get("Accept-Encoding", ""), "gzip") > 0,
             timeout=_timeout(request.headers.get("X-Prometheus-Scrape-Timeout-Seconds", "")),
         )
-        answer = self._answers.get(wanted)
-        if answer is None:
-            answer = asyncio.create_task(self._answer(wanted))
-            self._answers[wanted] = answer
-            answer.add_done_callback(lambda _: self._answers.pop(wanted, None))
-        # A client that goes away must not end the work that others wait for.
-        body = await asyncio.shield(answer)
-        headers = {"Content-Type": _OPENMETRICS if wanted.openmetrics else _TEXT, "Vary": "Accept, Accept-Encoding"}
+        body = await self._answers.get(wanted, lambda: self._answer(wanted))
+        headers = {"Vary": "Accept, Accept-Encoding"}
         if wanted.gzip:
             headers["Content-Encoding"] = "gzip"
-        return web.Response(body=body, headers=headers)
+        return web.Response(body=_Body(body, _OPENMETRICS if wanted.openmetrics else _TEXT), headers=headers)
 
     def _chosen(self, collect: list[str], exclude: list[str]) -> frozenset[str]:
         enabled = frozenset(self._scraper.collectors)
@@ -195,13 +249,18 @@ async def _ok(_request: web.Request) -> web.Response:
 class _Index:
     """Answers / for a person: what runs, and which signals this node gives."""
 
-    def __init__(self, scraper: Scraper) -> None:
+    def __init__(self, scraper: Scraper, answers: _Answers) -> None:
         self._scraper = scraper
+        self._answers = answers
         self._off = sorted(_ALL_COLLECTORS - set(scraper.collectors))
 
     async def handle(self, _request: web.Request) -> web.Response:
+        page = await self._answers.get("/", self._answer)
+        return web.Response(body=page, content_type="text/html", charset="utf-8")
+
+    async def _answer(self) -> bytes:
         await self._scraper.scrape(self._scraper.collectors, _timeout(""))
-        return web.Response(text=self._page(), content_type="text/html")
+        return self._page().encode("utf-8", "backslashreplace")
 
     def _page(self) -> str:
         rows = []
@@ -240,21 +299,28 @@ td, th {{ border-bottom: 1px solid #ccc; padding: .3em 1em .3em 0; text-align: l
 """
 
 
-def application(scraper: Scraper, web_config: WebConfig | None = None) -> web.Application:
+def application(
+    scraper: Scraper, web_config: WebConfig | None = None, listener: Listener | None = None
+) -> web.Application:
     """Return the application that answers from this scraper, to those whom the web configuration lets in."""
     app = web.Application()
-    metrics = Metrics(scraper)
+    listener, answers = listener or Listener(), _Answers()
+    app.middlewares.append(listener.middleware)
     if web_config:
         from shoal.web_auth import Guard  # noqa: PLC0415  (most exporters run without)
 
         guard = Guard(web_config, _PROBES)
         app.middlewares.append(guard.middleware)
         app.on_response_prepare.append(guard.prepare)
-        metrics = Metrics(scraper, web_config.families)
+
+    def more() -> list[Family]:
+        refused = Family(REFUSED, [(("connections",), listener.refused), (("answers",), answers.refused)])
+        return [refused, *(web_config.families() if web_config else ())]
+
     app.add_routes(
         [
-            web.get("/", _Index(scraper).handle),
-            web.get("/metrics", metrics.handle),
+            web.get("/", _Index(scraper, answers).handle),
+            web.get("/metrics", Metrics(scraper, answers, more).handle),
             *(web.get(path, _ok) for path in sorted(_PROBES)),
         ]
     )
@@ -277,19 +343,25 @@ async def serve(listen: tuple[str, int], scraper: Scraper, web_config: WebConfig
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    listener = Listener()
     runner = web.AppRunner(
-        application(scraper, web_config), access_log=None, shutdown_timeout=_LAST_ANSWERS, keepalive_timeout=_IDLE
+        application(scraper, web_config, listener),
+        access_log=None,
+        shutdown_timeout=_LAST_ANSWERS,
+        keepalive_timeout=_IDLE,
+        # Who has gone away is no longer counted among those who wait.
+        handler_cancellation=True,
     )
     await runner.setup()
-    listener = _Listener(runner)
     try:
-        await _listen(listener, *listen, web_config.current.tls if web_config else None)
+        listener.tls = web_config.current.tls if web_config else None
+        await listener.open(cast(web.Server, runner.server), *listen)
         # One log line per socket: an empty host listens on IPv4 and IPv6.
         for host, port, *_ in listener.addresses:
-            logger.info("listening", extra={"address": _joined(host, port), "collectors": ",".join(scraper.collectors)})
+            logger.info("listening", extra={"address": joined(host, port), "collectors": ",".join(scraper.collectors)})
         started = [asyncio.create_task(scraper.start())]
         if web_config:
-            started.append(asyncio.create_task(web_config.watch(listener.use)))
+            started.append(asyncio.create_task(web_config.watch(partial(setattr, listener, "tls"))))
         await stop.wait()
         for task in started:
             task.cancel()
@@ -298,66 +370,3 @@ async def serve(listen: tuple[str, int], scraper: Scraper, web_config: WebConfig
         await scraper.stop()
         listener.close()
         await runner.cleanup()
-
-
-class _Listener:
-    """The sockets that are listened on. They can be given other TLS without being closed."""
-
-    def __init__(self, runner: web.AppRunner) -> None:
-        self._runner = runner
-        self._servers: list[asyncio.Server] = []
-
-    @property
-    def addresses(self) -> list[tuple[Any, ...]]:
-        return [one.getsockname() for server in self._servers for one in server.sockets]
-
-    async def open(self, host: str, port: int, tls: ssl.SSLContext | None) -> None:
-        self._servers = [await self._serve(tls, host=host or None, port=port)]
-
-    async def use(self, tls: ssl.SSLContext | None) -> None:
-        """Use this for connections from now on, those included that wait. Raises `OSError`, with nothing changed."""
-        old = self._servers
-        with ExitStack() as undo:
-            sockets = [undo.enter_context(one.dup()) for server in old for one in server.sockets]
-            self._servers = [await self._serve(tls, sock=one) for one in sockets]
-            undo.pop_all()
-        # A connection that was taken just now is the server's only when its task has begun; closed before, it is lost.
-        for server in old:
-            for one in server.sockets:
-                asyncio.get_running_loop().remove_reader(one.fileno())
-        await asyncio.sleep(0)
-        _close(old)
-
-    def close(self) -> None:
-        _close(self._servers)
-
-    async def _serve(self, tls: ssl.SSLContext | None, **where: Any) -> asyncio.Server:  # noqa: ANN401  (of asyncio)
-        if tls:
-            where |= {"ssl": tls, "ssl_handshake_timeout": _HANDSHAKE, "ssl_shutdown_timeout": _GOODBYE}
-        server = cast(web.Server, self._runner.server)
-        return await asyncio.get_running_loop().create_server(server, backlog=_BACKLOG, **where)
-
-
-def _close(servers: list[asyncio.Server]) -> None:
-    for server in servers:
-        server.close()
-
-
-async def _listen(listener: _Listener, host: str, port: int, tls: ssl.SSLContext | None) -> None:
-    try:
-        await listener.open(host, port, tls)
-    except (OSError, UnicodeError) as error:
-        if isinstance(error, UnicodeError):
-            reason = "that is no host name"
-        elif isinstance(error, socket.gaierror) or not error.errno:
-            reason = error.strerror or str(error)
-        else:
-            # asyncio's own text repeats the address.
-            reason = os.strerror(error.errno)
-        raise ListenError(
-            f"cannot listen on {_joined(host, port)}: {reason}; choose another with --web.listen-address"
-        ) from None
-
-
-def _joined(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -24,7 +24,7 @@ from shoal.families import Family, Metric
 from shoal.settings import SettingsError, closest
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 __all__ = ["METRICS", "Config", "WebConfig", "allowed"]
 
@@ -134,7 +134,7 @@ class WebConfig:
         """Return how the last reading went."""
         return [Family(RELOADED, [((), int(self._successful))]), Family(RELOADED_AT, [((), self._read_at)])]
 
-    async def watch(self, use: Callable[[ssl.SSLContext | None], Awaitable[None]]) -> None:
+    async def watch(self, use: Callable[[ssl.SSLContext | None], None]) -> None:
         """Read the files again whenever they change, for ever, and call `use` with what connections now need."""
         before = self._files.seen
         while True:
@@ -145,20 +145,17 @@ class WebConfig:
                 now = self._files.seen
             before = now
 
-    async def _reload(self, use: Callable[[ssl.SSLContext | None], Awaitable[None]]) -> None:
+    async def _reload(self, use: Callable[[ssl.SSLContext | None], None]) -> None:
         files = _Files()
         try:
             config = await asyncio.to_thread(_load, self._path, files)
-            await use(config.tls)
         except SettingsError as error:
             detail = str(error)
-        except OSError as error:
-            # No descriptor was left for the sockets; the same files are tried again.
-            detail, files = f"cannot listen anew: {error.strerror}", self._files
         except Exception as error:  # noqa: BLE001  (whatever it is, the configuration in force stays in force)
             # Its text might have a part of the file in it.
             detail = type(error).__name__
         else:
+            use(config.tls)
             self.current, self._files = config, files
             self._successful, self._read_at = True, time.time()
             logger.info("web configuration read again", extra={"file": self._path})

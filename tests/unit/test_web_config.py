@@ -166,10 +166,10 @@ def port_of(exporter: Exporter) -> int:
 # As the command, looking at its files more often, and less patient.
 HURRIED = """
 import sys
-from shoal import server, web_config
+from shoal import listener, server, web_config
 from shoal.cli import main
 web_config._INTERVAL = 0.5
-server._IDLE = server._HANDSHAKE = float(sys.argv.pop()) if sys.argv[-1].isdigit() else 10.0
+server._IDLE = listener._HANDSHAKE = float(sys.argv.pop()) if sys.argv[-1].isdigit() else 10.0
 sys.exit(main())
 """
 

@@ -1,0 +1,156 @@
+"""Accepts connections: so many at once, of which the oldest idle one goes first, with the TLS of that moment.
+
+asyncio's own server takes whatever comes, until no descriptor is left to read /proc with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import resource
+import socket
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import Awaitable, Callable
+
+    from aiohttp.web_protocol import RequestHandler
+
+__all__ = ["ListenError", "Listener", "joined"]
+
+# An exporter that watches listen queues should not overflow its own when many ask at once.
+_BACKLOG = 1024
+# Two hundred scrapes at once are answered. Each connection is a descriptor, and with what is written and not yet read
+# up to 0.2 MiB.
+_MOST = 256
+# At most this part of the process's descriptors, as the collectors need the rest.
+_SHARE = 4
+# Seconds to wait when the kernel has no descriptor or memory for another connection; who comes stays in the backlog.
+_PAUSE = 0.5
+# Seconds that a client has for the handshake of TLS, and for its end.
+_HANDSHAKE = 10.0
+_GOODBYE = 0.5
+# Bytes that the kernel takes of an answer before it was sent: it would take megabytes for a client that does not read.
+_UNSENT = 1 << 16
+
+
+class ListenError(Exception):
+    """The address cannot be listened on. `str()` is a sentence that says why and what to do."""
+
+
+class Listener:
+    """The sockets that are listened on, and the connections that came of them."""
+
+    def __init__(self) -> None:
+        """Nothing is open yet."""
+        self.tls: ssl.SSLContext | None = None
+        """What connections use from now on, those included that wait in the backlog. None is plain TCP."""
+        self.refused = 0
+        """Connections that were ended, or not begun, because there were too many."""
+        self._server: web.Server | None = None
+        self._sockets: list[socket.socket] = []
+        self._accepting: list[asyncio.Task[None]] = []
+        self._handshakes: dict[asyncio.Task[None], None] = {}
+        self._answered: set[RequestHandler] = set()
+        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._most = _MOST if descriptors == resource.RLIM_INFINITY else min(_MOST, max(1, descriptors // _SHARE))
+
+    @property
+    def addresses(self) -> list[tuple[Any, ...]]:
+        """Where it listens, as `socket.getsockname` has it."""
+        return [one.getsockname() for one in self._sockets]
+
+    @web.middleware
+    async def middleware(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        """Note whose request is being worked on; what it gets is written after that."""
+        self._answered.add(request.protocol)
+        try:
+            return await handler(request)
+        finally:
+            self._answered.discard(request.protocol)
+
+    async def open(self, server: web.Server, host: str, port: int) -> None:
+        """Listen, and give the connections to aiohttp's server. Raises `ListenError`."""
+        self._server = server
+        try:
+            # It finds the addresses and binds; accepting is done here.
+            bound = await asyncio.get_running_loop().create_server(
+                asyncio.Protocol, host or None, port, start_serving=False
+            )
+            self._sockets = [one.dup() for one in bound.sockets]
+            bound.close()
+            for one in self._sockets:
+                one.settimeout(0)
+                # Connections inherit it.
+                one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT)
+                one.listen(_BACKLOG)
+        except (OSError, UnicodeError) as error:
+            if isinstance(error, UnicodeError):
+                reason = "that is no host name"
+            elif isinstance(error, socket.gaierror) or not error.errno:
+                reason = error.strerror or str(error)
+            else:
+                # asyncio's own text repeats the address.
+                reason = os.strerror(error.errno)
+            raise ListenError(
+                f"cannot listen on {joined(host, port)}: {reason}; choose another with --web.listen-address"
+            ) from None
+        self._accepting = [asyncio.create_task(self._accept(one, server)) for one in self._sockets]
+
+    def close(self) -> None:
+        """Accept nothing more and end what has not yet begun; aiohttp ends the connections that it has."""
+        for task in (*self._accepting, *self._handshakes):
+            task.cancel()
+        for one in self._sockets:
+            one.close()
+
+    async def _accept(self, listening: socket.socket, server: web.Server) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connection, _ = await loop.sock_accept(listening)
+            except OSError:
+                self._make_room(server)
+                await asyncio.sleep(_PAUSE)
+                continue
+            if len(self._handshakes) + len(server.connections) < self._most or self._make_room(server):
+                task = asyncio.create_task(self._begin(connection, server))
+                self._handshakes[task] = None
+                task.add_done_callback(lambda done: self._handshakes.pop(done, None))
+            else:
+                connection.close()
+            # With connections in the backlog sock_accept does not let the loop come round.
+            await asyncio.sleep(0)
+
+    async def _begin(self, connection: socket.socket, server: web.Server) -> None:
+        options: dict[str, Any] = {}
+        if self.tls:
+            options = {"ssl": self.tls, "ssl_handshake_timeout": _HANDSHAKE, "ssl_shutdown_timeout": _GOODBYE}
+        # Whoever does not manage the handshake is gone without a word, as with asyncio's own server.
+        with contextlib.suppress(OSError):
+            await asyncio.get_running_loop().connect_accepted_socket(server, connection, **options)
+
+    def _make_room(self, server: web.Server) -> bool:
+        """End the oldest connection that nobody works for, and tell whether there was one."""
+        self.refused += 1
+        for task in self._handshakes:
+            del self._handshakes[task]
+            task.cancel()
+            return True
+        for one in server.connections:
+            if one not in self._answered and one.transport and not one.transport.is_closing():
+                # Not closed, which would wait for a client that does not read.
+                one.transport.abort()
+                return True
+        return False
+
+
+def joined(host: str, port: int) -> str:
+    """Return an address as it stands in a URL."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
