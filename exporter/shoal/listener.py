@@ -6,7 +6,6 @@ asyncio's own server takes whatever comes, until no descriptor is left to read /
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import resource
 import socket
@@ -19,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from aiohttp.web_protocol import RequestHandler
+
+    _Connected = tuple[asyncio.Transport, RequestHandler]
 
 __all__ = ["ListenError", "Listener", "joined"]
 
@@ -51,10 +52,10 @@ class Listener:
         """What connections use from now on, those included that wait in the backlog. None is plain TCP."""
         self.refused = 0
         """Connections that were ended, or not begun, because there were too many."""
-        self._server: web.Server | None = None
         self._sockets: list[socket.socket] = []
         self._accepting: list[asyncio.Task[None]] = []
-        self._handshakes: dict[asyncio.Task[None], None] = {}
+        self._open: dict[socket.socket, asyncio.Task[_Connected | None]] = {}
+        """{connection: its handshake, and what it gave}, the oldest first."""
         self._answered: set[RequestHandler] = set()
         descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._most = _MOST if descriptors == resource.RLIM_INFINITY else min(_MOST, max(1, descriptors // _SHARE))
@@ -77,7 +78,6 @@ class Listener:
 
     async def open(self, server: web.Server, host: str, port: int) -> None:
         """Listen, and give the connections to aiohttp's server. Raises `ListenError`."""
-        self._server = server
         try:
             # It finds the addresses and binds; accepting is done here.
             bound = await asyncio.get_running_loop().create_server(
@@ -105,7 +105,7 @@ class Listener:
 
     def close(self) -> None:
         """Accept nothing more and end what has not yet begun; aiohttp ends the connections that it has."""
-        for task in (*self._accepting, *self._handshakes):
+        for task in (*self._accepting, *self._open.values()):
             task.cancel()
         for one in self._sockets:
             one.close()
@@ -116,38 +116,40 @@ class Listener:
             try:
                 connection, _ = await loop.sock_accept(listening)
             except OSError:
-                self._make_room(server)
+                self._make_room()
                 await asyncio.sleep(_PAUSE)
                 continue
-            if len(self._handshakes) + len(server.connections) < self._most or self._make_room(server):
-                task = asyncio.create_task(self._begin(connection, server))
-                self._handshakes[task] = None
-                task.add_done_callback(lambda done: self._handshakes.pop(done, None))
+            self._open = {one: task for one, task in self._open.items() if one.fileno() >= 0}
+            if len(self._open) < self._most or self._make_room():
+                self._open[connection] = asyncio.create_task(self._begin(connection, server))
             else:
                 connection.close()
             # With connections in the backlog sock_accept does not let the loop come round.
             await asyncio.sleep(0)
 
-    async def _begin(self, connection: socket.socket, server: web.Server) -> None:
+    async def _begin(self, connection: socket.socket, server: web.Server) -> _Connected | None:
         options: dict[str, Any] = {}
         if self.tls:
             options = {"ssl": self.tls, "ssl_handshake_timeout": _HANDSHAKE, "ssl_shutdown_timeout": _GOODBYE}
-        # Whoever does not manage the handshake is gone without a word, as with asyncio's own server.
-        with contextlib.suppress(OSError):
-            await asyncio.get_running_loop().connect_accepted_socket(server, connection, **options)
+        try:
+            return await asyncio.get_running_loop().connect_accepted_socket(server, connection, **options)
+        except OSError:
+            # Whoever does not manage the handshake is gone without a word, as with asyncio's own server.
+            return None
 
-    def _make_room(self, server: web.Server) -> bool:
+    def _make_room(self) -> bool:
         """End the oldest connection that nobody works for, and tell whether there was one."""
         self.refused += 1
-        for task in self._handshakes:
-            del self._handshakes[task]
-            task.cancel()
-            return True
-        for one in server.connections:
-            if one not in self._answered and one.transport and not one.transport.is_closing():
+        for connection, task in self._open.items():
+            if not task.done():
+                task.cancel()
+            elif (connected := task.result()) and connected[1] not in self._answered:
                 # Not closed, which would wait for a client that does not read.
-                one.transport.abort()
-                return True
+                connected[0].abort()
+            else:
+                continue
+            del self._open[connection]
+            return True
         return False
 
 

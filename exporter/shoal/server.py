@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from aiohttp import hdrs, web
+from aiohttp.http import HttpProcessingError
 from aiohttp.payload import Payload
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.openmetrics.exposition import generate_latest as generate_latest_openmetrics
@@ -327,6 +328,14 @@ def application(
     return app
 
 
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Tell whether a message of aiohttp's is more than that somebody sent what is no HTTP.
+
+    That is answered, and would let a stranger fill the log, with what he likes or with a password that he got wrong.
+    """
+    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+
+
 class _Workers(ThreadPoolExecutor):
     """Threads that nothing waits for at the end: one may be stuck in the kernel, where it cannot be stopped."""
 
@@ -343,6 +352,7 @@ async def serve(listen: tuple[str, int], scraper: Scraper, web_config: WebConfig
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    logging.getLogger("aiohttp.server").addFilter(_is_ours)
     listener = Listener()
     runner = web.AppRunner(
         application(scraper, web_config, listener),

@@ -178,6 +178,27 @@ async def test_junk_costs_its_collector(
     assert values(families, "shoal_other") == {}
 
 
+async def test_a_collector_with_too_many_samples(
+    make_collector: MakeCollector, scraper_of: ScraperOf, toy: Toy
+) -> None:
+    """What somebody multiplied without bound costs its collector, not the memory of exporter and Prometheus."""
+
+    def many(samples: int) -> list[Family]:
+        family = toy("0", 1)[0]
+        family.samples.extend(((f"{number}",), 1) for number in range(1, samples))
+        return [family]
+
+    scraper = scraper_of(
+        make_collector("most", lambda: many(50_000)),
+        make_collector("more", lambda: many(50_001)),
+        make_collector("well", lambda: toy("well", 1)),
+    )
+    families = await scraper.scrape(["most", "more", "well"], LONG)
+    assert success(families) == {"most": 1, "more": 0, "well": 1}
+    assert len(values(families, "shoal_toy")) == 50_001
+    assert scraper.failures["more"].startswith("ValueError: 50001 samples, and 50000 are the most")
+
+
 async def test_a_collector_that_hangs(
     gate: Gate, make_collector: MakeCollector, scraper_of: ScraperOf, toy: Toy
 ) -> None:
