@@ -170,6 +170,15 @@ def test_tier(tier: str, user: int, capabilities: list[str]) -> None:
     assert ("--netns.enter=true" in container["args"]) is (tier == "full")
 
 
+def test_the_own_seccomp_profile_is_a_choice() -> None:
+    """As values.yaml says it: for the exporter's container, beside what its tier gives it."""
+    own = {"type": "Localhost", "localhostProfile": "shoal/shoal.json"}
+    given = {"securityContext": {"seccompProfile": own}}
+    made = one("DaemonSet", given)
+    validate(json.dumps(made, sort_keys=True), KUBERNETES[-1])
+    assert exporter(given)["securityContext"] == exporter()["securityContext"] | {"seccompProfile": own}
+
+
 def test_the_default_tier_is_attribution() -> None:
     """The least that gives all fourteen failures at node level."""
     assert exporter() == exporter({"tier": "attribution"})
