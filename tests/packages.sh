@@ -28,9 +28,13 @@ need qemu-system-x86_64 qemu-system-x86
 need depmod kmod
 need mksquashfs squashfs-tools
 need openssl openssl
+need curl curl
 need dockerd docker.io
 need busybox busybox-static
 need gcc gcc
+need systemd-analyze systemd
+need systemd-nspawn systemd-container
+[ -e /usr/lib/"$(uname -m)"-linux-gnu/libseccomp.so.2 ] || missing="$missing libseccomp2"
 [ -e /usr/include/stdio.h ] || missing="$missing libc6-dev"
 [ -n "$missing" ] || exit 0
 

@@ -35,7 +35,7 @@ from tests.helm.engine import REPOSITORY, objects
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["PROFILES", "TIERS", "granted", "listed", "stage"]
+__all__ = ["PROFILES", "RUNTIME", "TIERS", "granted", "listed", "stage"]
 
 PROFILES: Final = REPOSITORY / "packaging" / "seccomp"
 TIERS: Final = {"counters": "shoal.json", "attribution": "shoal.json", "full": "shoal-full.json"}
@@ -57,7 +57,7 @@ _ALIKE: Final = (
     {"accept", "accept4"},
     {"send", "sendto", "sendmsg", "sendmmsg"},
     {"recv", "recvfrom", "recvmsg", "shutdown"},
-    {"getrlimit", "setrlimit", "prlimit64"},
+    {"getrlimit", "prlimit64"},
     {"futex", "futex_time64"},
     {"clock_gettime", "clock_gettime64", "clock_getres", "gettimeofday", "time"},
     {"clock_nanosleep", "nanosleep"},
@@ -68,19 +68,20 @@ _ALIKE: Final = (
     {"uname", "sysinfo", "sched_getaffinity", "getcpu", "getrandom"},
     {"brk", "mmap", "munmap", "mremap", "mprotect", "madvise"},
     {"read", "pread64", "readv", "write", "pwrite64", "writev", "lseek", "close", "close_range"},
+    {"futex", "sched_yield", "prctl"},
     {"getuid", "geteuid", "getgid", "getegid", "getpid", "gettid", "getppid"},
 )
 # Calls that are allowed with some arguments alone: {name: [(index, comparison, value, second value)]}, one of which
-# must hold. clone: threads (CLONE_THREAD), no processes and no namespaces (CLONE_NEW*). In clone3 a filter cannot see the
-# flags, so there is none, and the C library takes clone. Sockets: unix, inet, inet6, netlink and packet. Namespaces to
-# enter: those of the network (CLONE_NEWNET).
+# must hold. clone: threads (CLONE_THREAD), no processes and no namespaces (CLONE_NEW*). In clone3 a filter cannot see
+# the flags, so there is none, and the C library takes clone. Sockets: unix, inet, inet6, netlink and packet.
+# Namespaces to enter: those of the network (CLONE_NEWNET).
 _ARGUMENTS: Final = {
     "clone": [(0, "SCMP_CMP_MASKED_EQ", 0x7E030000, 0x00010000)],
     "socket": [(0, "SCMP_CMP_EQ", family, 0) for family in (1, 2, 10, 16, 17)],
     "setns": [(1, "SCMP_CMP_EQ", 0x40000000, 0)],
 }
-# What a container runtime still calls when the filter is in force, before it is the exporter.
-_RUNTIME: Final = {"execve", "capget", "capset", "prctl", "fchdir", "setgid", "setgroups", "setuid", "sched_yield"}
+RUNTIME: Final = {"execve", "capget", "capset", "fchdir", "setgid", "setgroups", "setuid"}
+"""What a container runtime still calls when the filter is in force, before it is the exporter."""
 # As the command, looking at its web configuration more often.
 _HURRIED: Final = """
 import sys
@@ -306,7 +307,7 @@ def record() -> None:
     PROFILES.mkdir(parents=True, exist_ok=True)
     found["shoal-full.json"] |= found["shoal.json"]
     for file, names in found.items():
-        more = set().union(*(alike for alike in _ALIKE if alike & names)) | _RUNTIME
+        more = set().union(*(alike for alike in _ALIKE if alike & names)) | RUNTIME
         sys.stderr.write(f"{file}: {len(names)} calls seen: {' '.join(sorted(names))}\n")
         (PROFILES / file).write_text(json.dumps(profile(names | more), indent=2) + "\n", encoding="utf-8")
 

@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import promql_parser
 import yaml
 
-from shoal.collectors import catalogue
-from shoal.scrape import DURATION, SUCCESS
-from shoal.server import BUILD_INFO
+from shoal.server import catalogue
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -155,7 +153,7 @@ def parsed(expression: str) -> Any:
 def exported() -> dict[str, set[str]]:
     """Return the label names of every series that the exporter can export, by name; a histogram has three."""
     series: dict[str, set[str]] = {}
-    for metric in (*catalogue().values(), SUCCESS, DURATION, BUILD_INFO):
+    for metric in catalogue().values():
         labels = set(metric.labels)
         if metric.type == "histogram":
             without = labels - {"le"}
