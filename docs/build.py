@@ -33,7 +33,9 @@ def page() -> str:
         parts.append(f"Signals: {', '.join(f'`{signal}`' for signal in collector.signals)}.\n")
         parts.append(_table(collector.metrics))
     parts.append("\n## The exporter itself\n")
-    parts.append(_table((collectors.SIGNAL_AVAILABLE, *scrape.METRICS, *web_config.METRICS, server.REFUSED, server.BUILD_INFO)))
+    parts.append(
+        _table((collectors.SIGNAL_AVAILABLE, *scrape.METRICS, *web_config.METRICS, server.REFUSED, server.BUILD_INFO))
+    )
     return "".join(parts)
 
 
