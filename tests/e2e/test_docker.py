@@ -30,6 +30,8 @@ from urllib.parse import quote
 
 import psutil
 import pytest
+from tests.e2e.seccomp_stage import PROFILES, TIERS
+from tests.helm.engine import REPOSITORY, objects
 
 from shoal.inventory import Node, Owner
 from shoal.kernel.files import Roots
@@ -99,15 +101,17 @@ class Docker:
         return json.loads(text) if answer.headers.get_content_type() == "application/json" and text else text
 
     @contextmanager
-    def run(self, *command: str, network: str = "none", name: str = "", below: str = "") -> Iterator[Container]:
-        """Run a container and remove it afterwards, if it is still there."""
-        host = {
+    def run(
+        self, *command: str, network: str = "none", name: str = "", below: str = "", user: str = "", **more: Any
+    ) -> Iterator[Container]:
+        """Run a container and remove it afterwards, if it is still there. `more` is what HostConfig has in the API."""
+        host = more | {
             "NetworkMode": network,
             "CgroupParent": f"/{CGROUPS}{below}",
             # Its own profile would need AppArmor's compiler, wherever the kernel has AppArmor.
-            "SecurityOpt": ["apparmor=unconfined"],
+            "SecurityOpt": ["apparmor=unconfined", *more.get("SecurityOpt", [])],
         }
-        body = {"Image": "shoal", "Cmd": command or ("sleep", "600"), "HostConfig": host}
+        body = {"Image": "shoal", "Cmd": command or ("sleep", "600"), "User": user, "HostConfig": host}
         made = self.ask("POST", f"/containers/create?name={quote(name)}" if name else "/containers/create", body)["Id"]
         try:
             self.ask("POST", f"/containers/{made}/start")
@@ -318,6 +322,46 @@ def test_a_container_that_is_in_v1_only(docker: Docker, unit: str) -> None:
         assert node().owner_of_process(one.pid) == one.owner
         holders = {owner for owner, pids in node().processes().items() if one.pid in pids}
         assert holders <= {one.owner}
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_a_runtime_takes_the_seccomp_profiles(tier: str, docker: Docker) -> None:
+    """The exporter runs in a container as the chart makes it, with the list of system calls that runc was given."""
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    spec = next(made for made in objects({"tier": tier}) if made["kind"] == "DaemonSet")["spec"]["template"]["spec"]
+    security = next(each for each in spec["containers"] if each["name"] == "shoal")["securityContext"]
+    # It finds Python and the exporter where this test does.
+    places = {"/usr", "/lib", "/lib64", sys.prefix, sys.base_prefix, str(REPOSITORY)}
+    command = [sys.executable, "-m", "shoal", f"--web.listen-address=127.0.0.1:{port}"]
+    command += ["--netns.enter=true"] if tier == "full" else []
+    more = {
+        "PidMode": "host",
+        "CapDrop": ["ALL"],
+        "CapAdd": security["capabilities"].get("add", []),
+        "ReadonlyRootfs": True,
+        "Binds": [f"{place}:{place}:ro" for place in sorted(places)],
+        "SecurityOpt": [f"seccomp={(PROFILES / TIERS[tier]).read_text()}", "no-new-privileges"],
+    }
+    user = f"{security['runAsUser']}:{security['runAsGroup']}"
+    with docker.run(*command, network="host", user=user, **more) as one:
+        text, deadline = "", time.monotonic() + WITHIN
+        # The first scrape begins the dump.
+        complete = "shoal_build_info" if tier == "counters" else 'shoal_signal_available{signal="conntrack_dump"} 1'
+        while complete not in text:
+            logs = f"/containers/{one.id}/logs?stderr=1"
+            assert time.monotonic() < deadline, f"something is missing: {docker.ask('GET', logs)}"
+            time.sleep(0.1)
+            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+                text = answer.read().decode()
+        status = Path(f"/proc/{one.pid}/status").read_text()
+    assert re.findall(r"^Seccomp:\t(\d)$", status, re.MULTILINE) == ["2"]
+    assert not re.findall(r'^shoal_scrape_collector_success\{collector="(\w+)"\} 0', text, re.MULTILINE)
+    found = re.findall(r'^shoal_signal_available\{signal="(\w+)"\} 1$', text, re.MULTILINE)
+    assert {"listen_queue_listeners", "pressure_node", "reverse_path_drops"} <= set(found)
+    assert ("conntrack_dump" in found) is (tier != "counters")
+    assert ("listen_queue_pods" in found) is (tier == "full")
 
 
 def scraped(complete: Callable[[str], bool]) -> str:
