@@ -282,6 +282,23 @@ def test_ten_thousand_bad_requests(start_exporter: StartExporter) -> None:
     assert work_of(exporter) == (2, 2)
 
 
+def test_a_stranger_does_not_write_the_log(start_exporter: StartExporter) -> None:
+    """What is no HTTP is answered 400 and not logged: there may be a password in it, and a line each would fill a disk."""
+    exporter = start_exporter(*ONE_COLLECTOR, "--log.level=debug", program=program())
+    before = exporter.log
+    secret = b64encode(b"a:secret")
+    for noise in (
+        b"GET /metrics HTTP/1.1\r\nAuthorization Basic %s\r\n\r\n" % secret,
+        b"GET /metrics HTTP/1.1\r\nHost: x\r\nAuthorization: Basic %s\x01\r\n\r\n" % secret,
+        b"GET /%s\x7f HTTP/1.1\r\n\r\n" % secret,
+        b"GET /metrics HTTP/1.1\r\nHost: x\r\nX: %s\r\n\r\n" % (secret * 1000),
+    ):
+        answer = asyncio.run(ask(port_of(exporter), noise))
+        assert status(answer) == 400, answer
+    assert exporter.log == before
+    work_of(exporter)
+
+
 def test_strangers_cause_no_scrape(start_exporter: StartExporter, tmp_path: Path) -> None:
     """Where there is a password, whoever does not know it makes no collector run, nor bcrypt more than now and then."""
     hashed = bcrypt.hashpw(b"secret", bcrypt.gensalt(10)).decode()
