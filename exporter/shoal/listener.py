@@ -35,7 +35,7 @@ _PAUSE = 0.5
 # Seconds that a client has for the handshake of TLS, and for its end.
 _HANDSHAKE = 10.0
 _GOODBYE = 0.5
-# Bytes that the kernel takes of an answer before they can be sent. It would take 3.7 MB for a client that does not read.
+# Bytes that the kernel takes of an answer before they can be sent: 3.7 MB, otherwise, for a client that does not read.
 _UNSENT = 1 << 16
 
 
