@@ -35,7 +35,7 @@ _PAUSE = 0.5
 # Seconds that a client has for the handshake of TLS, and for its end.
 _HANDSHAKE = 10.0
 _GOODBYE = 0.5
-# Bytes that the kernel takes of an answer before it was sent: it would take megabytes for a client that does not read.
+# Bytes that the kernel takes of an answer before they can be sent: 3.7 MB, otherwise, for a client that does not read.
 _UNSENT = 1 << 16
 
 
@@ -133,8 +133,8 @@ class Listener:
             options = {"ssl": self.tls, "ssl_handshake_timeout": _HANDSHAKE, "ssl_shutdown_timeout": _GOODBYE}
         try:
             return await asyncio.get_running_loop().connect_accepted_socket(server, connection, **options)
-        except OSError:
-            # Whoever does not manage the handshake is gone without a word, as with asyncio's own server.
+        except Exception:  # noqa: BLE001  (whatever a client's handshake is, the others are accepted)
+            # He is gone without a word, as with asyncio's own server.
             return None
 
     def _make_room(self) -> bool:
