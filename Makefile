@@ -5,6 +5,7 @@
 # make lab-vm       the same in a virtual machine: KERNEL=5.10, 6.1 or 6.12; make lab-vm-all is one after the other
 # make demo         cause one failure and watch it: FAULT=listen_queue; make lab-list names them
 # make test-vm      what else only a stock kernel can show: KERNEL=6.1
+# make fuzz         ten thousand bad inputs for every parser
 # make bench        cost of a scrape beside its peers: BENCH='idle', 'full', 'monster'   make bench-rules  the rule pack for a thousand nodes
 # make rule-tests   after an alert is added, renamed or removed     make rules-next   the rule pack in a current promtool
 # make docs         write docs/metrics.md and the chart's README    make format       lay the code out as CI wants it
@@ -17,7 +18,7 @@ KERNEL ?= 6.1
 STOCK := oom_kill memory_high delays code_eviction run_queue
 BIN := .venv/bin
 
-.PHONY: run test test-vm check lint unit bench bench-rules rule-tests rules-next lab lab-vm lab-vm-all lab-list demo \
+.PHONY: run test test-vm fuzz check lint unit bench bench-rules rule-tests rules-next lab lab-vm lab-vm-all lab-list demo \
     docs dashboards pictures chart image lock format clean
 .DELETE_ON_ERROR:
 
@@ -50,6 +51,10 @@ unit: .venv/dev
 test-vm: .venv/dev
 	tests/packages.sh
 	tests/vm.sh $(KERNEL) -- $(BIN)/pytest -q -p no:cacheprovider --timeout=300 tests/vm
+
+# Half an hour. pytest tests/unit/fuzz alone is what CI does: a hundred for each.
+fuzz: .venv/dev
+	$(BIN)/pytest -q tests/unit/fuzz --hypothesis-profile=fuzz --timeout=1800
 
 bench: .venv/dev
 	tests/packages.sh

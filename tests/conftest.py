@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 # A time limit for each example measures the neighbours of this machine; pytest-timeout ends what hangs.
 hypothesis.settings.register_profile("shoal", deadline=None)
+# make fuzz
+hypothesis.settings.register_profile("fuzz", deadline=None, max_examples=10_000)
 hypothesis.settings.load_profile("shoal")
 
 

@@ -14,10 +14,10 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 from shoal.kernel.cgroups import find_hierarchy, read_process_cgroups, read_processes, walk
-from shoal.kernel.files import ParseError, Reason, Roots, Unavailable, Vanished
+from shoal.kernel.files import ParseError, Reason, Roots, Unavailable, Vanished, raise_if_exhausted
 from shoal.kernel.namespaces import find_network_namespaces, named_namespaces, namespace_id, namespace_inode
 from shoal.kernel.netstat import read_netstat
-from shoal.kernel.processes import check_pid_namespace
+from shoal.kernel.processes import check_pid_namespace, check_processes_visible
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -149,15 +149,15 @@ class Inventory:
         is looked up, and the rest is only what the path itself tells.
         """
         identity = _identity(path)
-        for container in identity.containers:
-            if container in self._by_container:
-                return self._by_container[container]
-        return _owner_of(identity, self._names) or Owner()
+        known = [self._by_container[one] for one in identity.containers if one in self._by_container]
+        # What a pod's container makes below its own cgroup may be called after another's; a container may hold pods.
+        inside_a_pod = next((owner for owner in known if owner.pod), None)
+        return inside_a_pod or next(iter(known), None) or _owner_of(identity, self._names) or Owner()
 
 
 @dataclass(frozen=True, slots=True)
 class _Identity:
-    """What a path of a cgroup tells by itself: of its innermost named part, and every container id, innermost first."""
+    """What a path of a cgroup tells by itself: of its innermost named part, and every container id, outermost first."""
 
     uid: str
     container: str
@@ -167,10 +167,15 @@ class _Identity:
 
 @lru_cache(maxsize=4096)
 def _identity(path: str) -> _Identity:
-    """Read a path, the same ones at every scrape. A unit counts only outside containers."""
+    """Read a path, the same ones at every scrape. A unit counts only outside containers.
+
+    What is in a container of a pod is that container's, whatever it calls the cgroups that it makes there.
+    """
     uid = container = unit = ""
     containers = []
     for part in path.strip("/").split("/"):
+        if uid and container:
+            break
         if match := _POD.search(part):
             uid = match[1].replace("_", "-")
             container = unit = ""
@@ -180,7 +185,7 @@ def _identity(path: str) -> _Identity:
             container, unit = container or match[1], ""
         elif not (uid or container or unit) and _UNIT.match(part) and not _HELPER.match(part):
             unit = part
-    return _Identity(uid, container, unit, tuple(reversed(containers)))
+    return _Identity(uid, container, unit, tuple(containers))
 
 
 def _owner_of(identity: _Identity, names: _KubeletNames) -> Owner | None:
@@ -215,7 +220,8 @@ def _kubelet_names(rootfs: str) -> _KubeletNames:
 def _listing(directory: str) -> list[str]:
     try:
         return os.listdir(directory)
-    except OSError:
+    except OSError as error:
+        raise_if_exhausted(error, directory)
         return []
 
 
@@ -227,11 +233,10 @@ def build_inventory(roots: Roots) -> Inventory:
     """
     hierarchy = find_hierarchy(roots.sys)
     names = _kubelet_names(roots.rootfs)
-    by_id: dict[int, Owner] = {}
     by_container: dict[str, Owner] = {}
     chosen: dict[Owner, tuple[tuple[int, int], Workload]] = {}
     owners: dict[str, Owner | None] = {}
-    paths: list[tuple[str, Owner]] = []
+    owned: list[tuple[Cgroup, Owner]] = []
     for cgroup in walk(hierarchy.mount):
         parent, _, last = cgroup.path.rpartition("/")
         inherited = owners.get(parent)
@@ -239,8 +244,7 @@ def build_inventory(roots: Roots) -> Inventory:
         owners[cgroup.path] = own
         if own is None:
             continue
-        by_id[cgroup.id] = own
-        paths.append((cgroup.path, own))
+        owned.append((cgroup, own))
         if own == inherited:
             continue
         if match := _CONTAINER.search(last):
@@ -252,8 +256,15 @@ def build_inventory(roots: Roots) -> Inventory:
             whole_pod = bool(own.pod) and not own.container
             chosen[own] = (rank, Workload(own, cgroup, whole_pod))
     workloads = tuple(workload for _, workload in chosen.values())
-    of_workloads = tuple((path, own) for path, own in paths if own in chosen)
+    # What only has a workload's name, such as a user may give to a cgroup below user@.service, has none of its own.
+    owned = [(one, own) for one, own in owned if own not in chosen or _is_within(one, chosen[own][1].cgroup)]
+    by_id = {one.id: own for one, own in owned}
+    of_workloads = tuple((one.path, own) for one, own in owned if own in chosen)
     return Inventory(hierarchy, workloads, by_id, by_container, names, of_workloads)
+
+
+def _is_within(one: Cgroup, other: Cgroup) -> bool:
+    return one.path == other.path or one.path.startswith(f"{other.path}/")
 
 
 def _is_sandbox(part: str, names: _KubeletNames) -> bool:
@@ -330,10 +341,18 @@ class Node:
         return reading.get(lambda: read_netstat(self.roots.proc, namespace.pid))
 
     def own_network_namespace(self) -> LabelledNamespace | None:
-        """Return the namespace that the exporter's own sockets see; None if none of its processes is in this proc."""
+        """Return the namespace that the exporter's own sockets see; None if none of its processes is in this proc.
+
+        None too where proc hides the processes that would tell which one it is. Raises `Unavailable` otherwise.
+        """
         # A host's proc mounted into a container has no `self` for it; the identity is the same in every proc.
         own = namespace_id(self.roots.proc, "self") or namespace_id(Roots().proc, "self")
-        return next((space for space in self.network_namespaces() if space.id == own), None)
+        try:
+            return next((space for space in self.network_namespaces() if space.id == own), None)
+        except Unavailable as error:
+            if error.reason is Reason.NO_PERMISSION:
+                return None
+            raise
 
     def own_netns(self) -> str:
         """Return the label `netns` of the namespace that the exporter's own sockets see; "self" if it has no other."""
@@ -342,6 +361,7 @@ class Node:
 
     def _read_processes(self) -> dict[Owner, set[int]]:
         check_pid_namespace(self.roots.proc)
+        check_processes_visible(self.roots.proc)
         inventory = self.inventory()
         processes = inventory.processes()
         if inventory.hierarchy.memory:
@@ -367,7 +387,10 @@ class Node:
             return ("host", "", "", "", "")
         try:
             owner = self.owner_of_process(pid)
-        except (Unavailable, Vanished, ParseError):
+        except (Unavailable, Vanished, ParseError) as error:
+            if isinstance(error, Unavailable) and error.reason is Reason.NOT_READABLE:
+                # For want of a descriptor, say: a pod's counters would be another's for one scrape.
+                raise
             owner = Owner()
         if owner.pod:
             # The containers of a pod share its network, so it belongs to none of them.

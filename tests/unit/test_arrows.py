@@ -60,3 +60,14 @@ def test_the_walk_sees_everything() -> None:
     assert len(FILES) > 50
     assert "shoal.kubernetes.watch" in imported(Path("collectors/conntrack.py"))
     assert "aiohttp" in imported(Path("kubernetes/watch.py"))
+
+
+def test_no_duration_is_read_off_the_wall() -> None:
+    """The wall's clock may be set at any time; it is asked only for dates: of log lines, and of a reload."""
+    asked = {
+        (str(file), node.attr)
+        for file in FILES
+        for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("time.time", "time.time_ns", "datetime.now")
+    }
+    assert asked == {("web_config.py", "time")}

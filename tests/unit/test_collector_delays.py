@@ -435,7 +435,7 @@ def test_throttling_of_those_that_have_a_quota(machine: Machine) -> None:
     ):
         machine.cgroup(unit)
         machine.write(f"sys/fs/cgroup/{unit}/cpu.stat", stat.format(*numbers))
-        machine.write(f"sys/fs/cgroup/{unit}/cpu.max", quota)
+        machine.write(f"sys/fs/cgroup/{unit}/cpu.max", f"{quota}\n")
         machine.write(f"sys/fs/cgroup/{unit}/cpu.max.burst", burst)
     machine.cgroup("none.service")
     found = machine.scrape()
@@ -455,7 +455,7 @@ def test_what_a_workload_used(machine: Machine) -> None:
         machine.cgroup(cgroup)
         stat = f"usage_usec {used * 1e6:.0f}\nnr_periods 0\nnr_throttled 0\nthrottled_usec 0\n"
         machine.write(f"sys/fs/cgroup/{cgroup}/cpu.stat", stat)
-        machine.write(f"sys/fs/cgroup/{cgroup}/cpu.max", "max 100000")
+        machine.write(f"sys/fs/cgroup/{cgroup}/cpu.max", "max 100000\n")
     found = machine.scrape()["shoal_cpu_usage_seconds_total"]
     assert found == {("b2a4c6d8-1357-4e9f-a0b1-c2d3e4f5a6b7", "ab" * 6): 9, ("busy.service",): 2.5}
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import os
 import shutil
 import weakref
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from shoal.inventory import Node, Owner, build_inventory
 from shoal.kernel.cgroups import find_hierarchy, open_cgroup
 from shoal.kernel.files import Reason, Roots, Unavailable, Vanished, read
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 FIXTURES = Path(__file__).parent / "fixtures"
 UID = "0f8d3c1e-5b7a-4c2d-9e6f-1a2b3c4d5e6f"
@@ -114,8 +119,76 @@ def test_a_user_cannot_take_a_pods_series(tmp_path: Path) -> None:
     """A cgroup made deeper down with a pod's name, as a user may below user@.service, does not replace the pod's."""
     inside = f"user.slice/user-1000.slice/user@1000.service/{SLICE}/cri-containerd-{ID}.scope"
     roots = laid_out(tmp_path, f"{SLICE}/cri-containerd-{ID}.scope", inside, names=True)
-    found = {workload.owner: workload.cgroup.path for workload in build_inventory(roots).workloads}
+    mount = Path(roots.sys, "fs/cgroup")
+    (mount / f"{SLICE}/cri-containerd-{ID}.scope/cgroup.procs").write_text("1\n")
+    (mount / inside / "cgroup.procs").write_text("2\n")
+    inventory = build_inventory(roots)
+    found = {workload.owner: workload.cgroup.path for workload in inventory.workloads}
     assert found[Owner("shop", "checkout", "api-v2")] == f"/{SLICE}/cri-containerd-{ID}.scope"
+    assert inventory.processes()[Owner("shop", "checkout", "api-v2")] == {1}
+    assert inventory.owner_of_cgroup((mount / inside).stat().st_ino) == Owner()
+
+
+VICTIM = Owner("shop", "checkout", "api-v2")
+HOSTILE_ID = "bad0" * 16
+HOSTILE = f"kubepods.slice/kubepods-podbad0bad0_bad0_bad0_bad0_bad0bad0bad0.slice/cri-containerd-{HOSTILE_ID}.scope"
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [
+        f"{SLICE}/cri-containerd-{ID}.scope",
+        f"cri-containerd-{ID}.scope",
+        f"pod{UID}/{ID}",
+        f"kubepods-pod{UID.replace('-', '_')}.slice:cri-containerd:{ID}",
+        f"docker-{OTHER_ID}.scope/kubepods/pod{UID}/{ID}",
+        "system.slice/sshd.service",
+    ],
+)
+def test_a_container_cannot_pass_for_another_pod(tmp_path: Path, inside: str) -> None:
+    """Whatever it calls the cgroups below its own, sockets, processes and memory in them stay its own."""
+    roots = laid_out(tmp_path, f"{SLICE}/cri-containerd-{ID}.scope", f"{HOSTILE}/{inside}", names=True)
+    (tmp_path / "var/log/containers" / f"evil_bad_app-{HOSTILE_ID}.log").symlink_to("/nowhere")
+    mount = Path(roots.sys, "fs/cgroup")
+    (mount / f"{SLICE}/cri-containerd-{ID}.scope/cgroup.procs").write_text("1\n")
+    (mount / HOSTILE / inside / "cgroup.procs").write_text("2\n")
+    inventory = build_inventory(roots)
+    paths = {workload.owner: workload.cgroup.path for workload in inventory.workloads}
+    assert paths[VICTIM] == f"/{SLICE}/cri-containerd-{ID}.scope"
+    evil = inventory.owner_of_cgroup((mount / HOSTILE).stat().st_ino)
+    assert evil == Owner(pod="bad0bad0-bad0-bad0-bad0-bad0bad0bad0", container="app")
+    assert inventory.owner_of_cgroup((mount / HOSTILE / inside).stat().st_ino) == evil
+    assert inventory.processes()[VICTIM] == {1}
+    for seen in (f"/{HOSTILE}/{inside}", f"/../cri-containerd-{HOSTILE_ID}.scope/{inside}"):
+        assert inventory.owner_of_path(seen) == evil
+
+
+@pytest.mark.parametrize("place", ["/var/log/pods", "/var/log/containers", f"/{SLICE}", "/run/netns", "/proc/7/cgroup"])
+def test_without_a_descriptor_nothing_changes_its_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """For want of one a pod would have its UID for a name, or its network another's, for one scrape: absent instead."""
+    roots = laid_out(tmp_path, f"{SLICE}/cri-containerd-{ID}.scope", names=True)
+    (tmp_path / "proc/7/net").mkdir(parents=True)
+    (tmp_path / "proc/7/net/netstat").touch()
+    (tmp_path / "proc/7/cgroup").write_text(f"0::/{SLICE}/cri-containerd-{ID}.scope\n")
+    assert [space.labels for space in Node(roots).network_namespaces()] == [("pod", "shop", "checkout", "", "")]
+
+    def spent(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: str, *arguments: Any, **others: Any) -> Any:
+            if str(path).endswith(place):
+                raise OSError(errno.EMFILE, "Too many open files")
+            return function(path, *arguments, **others)
+
+        return call
+
+    for name in ("listdir", "scandir", "open"):
+        monkeypatch.setattr(os, name, spent(getattr(os, name)))
+    node = Node(roots)
+    with pytest.raises(Unavailable) as caught:
+        # Of the cgroups' tree the workloads are asked, as a process tells its path itself.
+        _ = (node.network_namespaces(), node.inventory())
+    assert caught.value.reason is Reason.NOT_READABLE
 
 
 def test_owner_of_a_socket_and_of_a_process(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_a_row() -> None:
 )
 def test_read_only_is_the_mount_or_the_file_system(row: bytes, *, expected: bool) -> None:
     """Either makes it so, and no option that only sounds like it does."""
-    assert parse_mountinfo(row)[0].read_only is expected
+    assert parse_mountinfo(row + b"\n")[0].read_only is expected
 
 
 def test_escapes_and_an_empty_source() -> None:
@@ -65,6 +65,7 @@ def test_escapes_and_an_empty_source() -> None:
         b"",
         b"\n",
         b"36 35 98:1 / /mnt rw - ext3 /dev/root\n",
+        b"36 35 98:1 / /mnt rw - ext3 /dev/root rw",
         b"36 35 98:1 / /mnt rw master:1 ext3 /dev/root rw\n",
         b"36 35 98 / /mnt rw - ext3 /dev/root rw\n",
         b"36 35 a:b / /mnt rw - ext3 /dev/root rw\n",
@@ -111,7 +112,7 @@ def test_a_recorded_node(kernel: str) -> None:
 )
 def test_where_an_overlay_keeps_what_is_written(options: bytes, expected: str | None) -> None:
     """The kernel escapes what overlayfs had escaped already; an overlay without an upper layer keeps nothing."""
-    assert parse_upper_directory(b"1 1 0:9 / / rw - overlay overlay " + options) == expected
+    assert parse_upper_directory(b"1 1 0:9 / / rw - overlay overlay " + options + b"\n") == expected
 
 
 def test_the_root_alone_is_the_writable_layer() -> None:

@@ -67,7 +67,7 @@ def test_a_malformed_schedstat_is_refused(data: bytes) -> None:
         parse_schedstat(data)
 
 
-@pytest.mark.parametrize("data", [b"", b"1 2\n", b"1 x 3\n", b"1 -2 3\n", b"1 2_0 3\n"])
+@pytest.mark.parametrize("data", [b"1 2\n", b"1 x 3\n", b"1 -2 3\n", b"1 2_0 3\n"])
 def test_a_malformed_row_of_a_thread_is_refused(data: bytes) -> None:
     """Three whole numbers, or nothing."""
     with pytest.raises(ParseError, match="three whole numbers"):
@@ -162,7 +162,7 @@ def test_when_a_live_process_started() -> None:
     assert 0 < started <= time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-@pytest.mark.parametrize("data", [b"", b"1 (x) S 1 2", b"1 (x) " + b"y " * 60])
+@pytest.mark.parametrize("data", [b"\n", b"1 (x) S 1 2\n", b"1 (x) " + b"y " * 60 + b"\n"])
 def test_a_malformed_stat_is_refused(data: bytes) -> None:
     """A short row or words in place of numbers are no start."""
     with pytest.raises(ParseError, match="starttime"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ipaddress import AddressValueError, IPv4Address
 
-from shoal.kernel.files import ParseError, Unavailable, lines, read
+from shoal.kernel.files import ParseError, Unavailable, hexadecimal, lines, read
 
 __all__ = ["parse_fib_trie", "parse_if_inet6", "read_local_addresses"]
 
@@ -49,7 +49,7 @@ def parse_if_inet6(data: bytes, file: str = "net/if_inet6") -> frozenset[bytes]:
         try:
             address, _, _, scope, *_ = line.split()
             packed = bytes.fromhex(address.decode("ascii", "replace"))
-            is_global = int(scope, 16) == 0
+            is_global = hexadecimal(scope) == 0
         except ValueError:
             packed, is_global = b"", False
         if len(packed) != _IPV6_BYTES:

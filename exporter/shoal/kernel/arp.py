@@ -25,6 +25,7 @@ _ARPOP_REPLY: Final = 2
 # ar_hrd, ar_pro, ar_hln, ar_pln, ar_op, then sender's MAC and IP, target's MAC and IP; big-endian
 _PACKET: Final = struct.Struct(">HHBBH6s4s6s4s")
 _MAC_BYTES: Final = 6
+_IP_BYTES: Final = 4
 _PACKET_BYTES: Final = 64
 
 
@@ -78,8 +79,9 @@ def parse_answer(packet: bytes) -> tuple[bytes, bytes] | None:
     """Return (IP, MAC) of the sender of an ARP reply, None for anything else. Padding after it is passed over."""
     if len(packet) < _PACKET.size:
         return None
-    hardware, protocol, _, _, operation, mac, address, _, _ = _PACKET.unpack_from(packet)
-    if (hardware, protocol, operation) != (_ARPHRD_ETHER, _ETH_P_IP, _ARPOP_REPLY):
+    *kind, mac, address, _, _ = _PACKET.unpack_from(packet)
+    # With addresses of other lengths, what stands in these places is something else.
+    if kind != [_ARPHRD_ETHER, _ETH_P_IP, _MAC_BYTES, _IP_BYTES, _ARPOP_REPLY]:
         return None
     return address, mac
 

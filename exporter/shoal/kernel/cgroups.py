@@ -7,7 +7,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from shoal.kernel.files import ParseError, Reason, Unavailable, Vanished, lines, read, unavailable_from
+from shoal.kernel.files import (
+    ParseError,
+    Reason,
+    Unavailable,
+    Vanished,
+    is_count,
+    lines,
+    raise_if_exhausted,
+    read,
+    unavailable_from,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -77,7 +87,8 @@ def walk(mount: str) -> Iterator[Cgroup]:
     """Yield every cgroup below a mount point, parents before children, down to 32 levels.
 
     Only directories that have others below them are listed, and the listing carries type and inode. What vanishes
-    while it is walked is left out. Raises `Unavailable` only when the mount point itself cannot be listed.
+    while it is walked is left out. Raises `Unavailable` only when the mount point itself cannot be listed, or when
+    there is no descriptor left to list anything with.
     """
     root = _children(mount)
     if isinstance(root, OSError):
@@ -104,6 +115,7 @@ def _children(directory: str) -> list[tuple[str, int]] | OSError:
         with os.scandir(directory) as entries:
             return [(entry.name, entry.inode()) for entry in entries if entry.is_dir(follow_symlinks=False)]
     except OSError as error:
+        raise_if_exhausted(error, directory)
         return error
 
 
@@ -136,8 +148,8 @@ def parse_processes(data: bytes, file: str = "cgroup.procs") -> set[int]:
     0 is among them when the cgroup has a process for which the reader's own PID namespace has no id.
     """
     pids: set[int] = set()
-    for number, line in enumerate(data.splitlines(), 1):
-        if not line.isdigit():
+    for number, line in enumerate(lines(data, file) if data else [], 1):
+        if not is_count(line):
             raise ParseError(file, number, "a process id")
         pids.add(int(line))
     return pids

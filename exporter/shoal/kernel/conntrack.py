@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from shoal.kernel.files import ParseError, lines, read
+from shoal.kernel.files import ParseError, hexadecimal, lines, read
 from shoal.kernel.netlink.conntrack import ConntrackStatistics
 
 __all__ = ["ConntrackTable", "parse_conntrack_table", "read_conntrack_table"]
@@ -56,9 +56,9 @@ def parse_conntrack_table(data: bytes, file: str = "net/stat/nf_conntrack") -> C
     for row, times in Counter(rows).items():
         fields = row.split()
         try:
-            entries = int(fields[0], 16)
+            entries = hexadecimal(fields[0])
             for name, place in wanted.items():
-                sums[name] += int(fields[place], 16) * times
+                sums[name] += hexadecimal(fields[place]) * times
         except (IndexError, ValueError):
             raise ParseError(file, rows.index(row) + 2, f"{len(names)} hexadecimal numbers") from None
     statistics = {name: sums[name] & _U32_MASK if name in sums else None for name in _COLUMNS}

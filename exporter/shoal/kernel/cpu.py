@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shoal.kernel.files import ParseError, Reason, Unavailable, parse_flat_keyed, read
+from shoal.kernel.files import ParseError, Reason, Unavailable, is_count, lines, parse_flat_keyed, read
 
 __all__ = ["CpuStat", "parse_cpu_max", "parse_cpu_stat", "read_cpu_burst", "read_cpu_max", "read_cpu_stat"]
 
@@ -58,12 +58,13 @@ def read_cpu_stat(dir_fd: int) -> CpuStat | None:
 
 def parse_cpu_max(data: bytes, file: str = "cpu.max") -> float | None:
     """Return the quota in CPUs (microseconds allowed by microseconds of a period), or None for `max`, no quota."""
-    fields = data.split()
-    if len(fields) != 2 or not fields[1].isdigit() or int(fields[1]) == 0:  # noqa: PLR2004  (quota and period)
+    (line, *more) = lines(data, file)
+    fields = line.split()
+    if more or len(fields) != 2 or not is_count(fields[1]) or int(fields[1]) == 0:  # noqa: PLR2004  (quota and period)
         raise ParseError(file, 1, "a quota or the word max, and a period")
     if fields[0] == b"max":
         return None
-    if not fields[0].isdigit():
+    if not is_count(fields[0]):
         raise ParseError(file, 1, "a quota or the word max, and a period")
     return int(fields[0]) / int(fields[1])
 

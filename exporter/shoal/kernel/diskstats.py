@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from shoal.kernel.files import ParseError, lines, read, unavailable_from
+from shoal.kernel.files import ParseError, lines, read, unavailable_from, whole
 
 __all__ = ["Disk", "disks_below", "parse_diskstats", "read_diskstats"]
 
@@ -36,8 +36,8 @@ def parse_diskstats(data: bytes, file: str = "diskstats") -> dict[str, Disk]:
     for number, line in enumerate(lines(data, file), 1):
         fields = line.split()
         try:
-            device = os.makedev(int(fields[0]), int(fields[1]))
-            counts = [int(field) for field in fields[3:_WITH_FLUSHES]]
+            device = os.makedev(whole(fields[0]), whole(fields[1]))
+            counts = [whole(field) for field in fields[3:_WITH_FLUSHES]]
         except (IndexError, ValueError, OverflowError):
             raise ParseError(file, number, "major, minor, a name and whole numbers") from None
         if len(fields) < _SHORTEST:

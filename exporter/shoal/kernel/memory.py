@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shoal.kernel.files import ParseError, lines, parse_flat_keyed, read
+from shoal.kernel.files import ParseError, is_count, lines, parse_flat_keyed, read
 
 __all__ = ["parse_amount", "read_amount", "read_events", "read_memory_stat"]
 
@@ -12,7 +12,7 @@ def parse_amount(data: bytes, file: str = "memory") -> int | None:
     (text, *more) = lines(data, file)
     if text == b"max":
         return None
-    if more or not text.isdigit():
+    if more or not is_count(text):
         raise ParseError(file, 1, "bytes or the word max")
     return int(text)
 

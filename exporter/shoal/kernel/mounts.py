@@ -6,7 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 
-from shoal.kernel.files import ParseError, Reason, Unavailable, Vanished, read
+from shoal.kernel.files import ParseError, Reason, Unavailable, Vanished, lines, read
 
 __all__ = [
     "Mount",
@@ -55,9 +55,7 @@ def parse_mountinfo(data: bytes, file: str = "mountinfo") -> list[Mount]:
     Paths that are no UTF-8 keep their bytes as surrogates, as in a directory listing.
     """
     mounts: list[Mount] = []
-    for number, line in enumerate(data.split(b"\n"), 1):
-        if not line:
-            continue
+    for number, line in enumerate(lines(data, file), 1):
         fields = line.split(b" ")
         try:
             end = fields.index(b"-", _FIXED)
@@ -108,8 +106,10 @@ def upper_directory(mounts: list[Mount]) -> str | None:
 
 def parse_upper_directory(data: bytes, file: str = "mountinfo") -> str | None:
     """Return the same from a whole mountinfo. Of the hundreds of mounts that it may have, that at / is decoded."""
-    rows = [line for line in data.split(b"\n") if line.split(b" ", _MOUNT_POINT + 1)[_MOUNT_POINT:][:1] == [b"/"]]
-    return upper_directory(parse_mountinfo(b"\n".join(rows), file))
+    rows = [
+        line + b"\n" for line in lines(data, file) if line.split(b" ", _MOUNT_POINT + 1)[_MOUNT_POINT:][:1] == [b"/"]
+    ]
+    return upper_directory(parse_mountinfo(b"".join(rows), file))
 
 
 def read_upper_directory(proc: str, pid: int) -> str | None:

@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from shoal.kernel.files import unavailable_from
+from shoal.kernel.files import raise_if_exhausted, unavailable_from
+from shoal.kernel.processes import check_processes_visible
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,8 +45,9 @@ def find_network_namespaces(proc: str) -> list[NetworkNamespace]:
     """List the namespaces of all visible processes, in order of their lowest process id.
 
     A namespace that is only kept by a bind mount and has no process is not found: nothing listens there.
-    Raises `Unavailable` when <proc> cannot be listed.
+    Raises `Unavailable` when <proc> cannot be listed, or hides processes.
     """
+    check_processes_visible(proc)
     try:
         pids = sorted(int(name) for name in os.listdir(proc) if name.isdecimal() and name.isascii())
     except OSError as error:
@@ -80,7 +82,8 @@ def named_namespaces(rootfs: str) -> dict[int, str]:
     names: dict[int, str] = {}
     try:
         listed = sorted(os.listdir(directory))
-    except OSError:
+    except OSError as error:
+        raise_if_exhausted(error, directory)
         return names
     for name in listed:
         try:

@@ -8,6 +8,8 @@ from shoal.kernel.files import ParseError, lines, read
 
 __all__ = ["parse_netstat", "read_netstat"]
 
+_LARGEST = (1 << 64) - 1
+
 
 def parse_netstat(data: bytes, file: str = "net/netstat") -> dict[str, int]:
     """Return {"ListenOverflows": 51, ...}: every counter under the kernel's own name.
@@ -23,9 +25,13 @@ def parse_netstat(data: bytes, file: str = "net/netstat") -> dict[str, int]:
             of, *values = rows[index + 1].split() if index + 1 < len(rows) else [b""]
             if protocol != of.decode() or len(names) != len(values):
                 raise ParseError(file, index + 2, f"as many values as line {index + 1} has names")
-            counters.update(zip(names, map(int, values), strict=True))
+            new = dict(zip(names, map(int, values), strict=True))
         except ValueError:
             raise ParseError(file, index + 2, "whole numbers after the protocol's name") from None
+        # All at once, as there are hundreds for every network namespace; int() takes more than the kernel writes.
+        if new and not (b"".join(values).isdigit() and max(new.values()) <= _LARGEST):
+            raise ParseError(file, index + 2, "whole numbers of 64 bits")
+        counters.update(new)
     return counters
 
 

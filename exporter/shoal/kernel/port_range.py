@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shoal.kernel.files import ParseError, lines, read
+from shoal.kernel.files import ParseError, is_count, lines, read
 from shoal.kernel.sysctls import read_sysctl
 
 __all__ = ["PortRange", "parse_port_range", "parse_reserved_ports", "read_port_range"]
@@ -27,7 +27,7 @@ def parse_port_range(data: bytes, file: str = "ip_local_port_range") -> tuple[in
     r"""Return (low, high) of `32768\t60999`. Raises `ParseError`."""
     (line, *more) = lines(data, file)
     fields = line.split()
-    if more or len(fields) != 2 or not all(field.isdigit() for field in fields):  # noqa: PLR2004  (low and high)
+    if more or len(fields) != 2 or not all(map(is_count, fields)):  # noqa: PLR2004  (low and high)
         raise ParseError(file, 1, "the lowest and the highest port")
     low, high = map(int, fields)
     if not low <= high <= _HIGHEST:
@@ -42,9 +42,10 @@ def parse_reserved_ports(data: bytes, file: str = "ip_local_reserved_ports") -> 
         if not item:
             continue
         first, dash, last = item.partition(b"-")
-        if not first.isdigit() or not (last.isdigit() or not dash):
+        last = last if dash else first
+        if not is_count(first) or not is_count(last) or not int(first) <= int(last) <= _HIGHEST:
             raise ParseError(file, 1, "ports and ranges of ports between commas")
-        reserved.append((int(first), int(last) if dash else int(first)))
+        reserved.append((int(first), int(last)))
     return reserved
 
 

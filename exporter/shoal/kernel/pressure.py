@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shoal.kernel.files import ParseError, Reason, Unavailable, lines, read
+from shoal.kernel.files import ParseError, Reason, Unavailable, is_count, lines, read
 
 __all__ = ["Pressure", "check_pressure", "parse_pressure", "read_pressure"]
 
@@ -37,7 +37,7 @@ def parse_pressure(data: bytes, file: str = "pressure") -> Pressure:
             continue
         _, _, total = rest.partition(b"total=")
         digits = total.split(b" ", 1)[0]
-        if not digits.isdigit():
+        if not is_count(digits):
             raise ParseError(file, number, "total=<microseconds>")
         found[kind] = int(digits) / _MICRO
     if not found:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from shoal.kernel.files import ParseError, Reason, Unavailable, Vanished, read
+from shoal.kernel.files import ParseError, Reason, Unavailable, Vanished, lines, read, whole
 
-__all__ = ["Process", "check_pid_namespace", "parse_process", "read_process"]
+__all__ = ["Process", "check_pid_namespace", "check_processes_visible", "parse_process", "read_process"]
 
 _STATE = 3
 _NICE = 19
@@ -41,14 +41,28 @@ def check_pid_namespace(proc: str) -> None:
         raise Unavailable(Reason.NO_PERMISSION, f"the exporter is not in the PID namespace of {proc}")
 
 
+def check_processes_visible(proc: str) -> None:
+    """Raise `Unavailable` where proc shows the exporter's own processes alone: mounted with hidepid, and no capability.
+
+    Processes of others are then missing (hidepid=2 and 4) or closed (1), the first one among them. CAP_SYS_PTRACE, or
+    the group that the option gid= names, opens them.
+    """
+    try:
+        os.stat(f"{proc}/1/.")
+    except OSError as error:
+        if os.path.exists(f"{proc}/self/stat"):
+            raise Unavailable(Reason.NO_PERMISSION, f"{proc} hides processes (hidepid): {error.strerror}") from None
+
+
 def parse_process(data: bytes, file: str = "stat") -> Process:
     """Return `nice`, `starttime` and `policy`, the 19th, 22nd and 41st field of /proc/<pid>/stat. Raises `ParseError`.
 
     The second field is the command in brackets, and may itself hold spaces, brackets and line breaks.
     """
-    fields = data[data.rfind(b")") + 1 :].split()
+    # A command that has a line break in it leaves the last line whole.
+    fields = lines(data, file)[-1].rpartition(b")")[2].split()
     try:
-        nice, started, policy = (int(fields[number - _STATE]) for number in (_NICE, _START_TIME, _POLICY))
+        nice, started, policy = (whole(fields[number - _STATE]) for number in (_NICE, _START_TIME, _POLICY))
     except (IndexError, ValueError):
         raise ParseError(file, 1, f"at least {_POLICY} fields, nice, starttime and policy whole numbers") from None
     return Process(started, niced=nice > 0 or policy == _SCHED_IDLE)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-from shoal.kernel.files import ParseError, Reason, Unavailable, Vanished, read, unavailable_from
+from shoal.kernel.files import ParseError, Reason, Unavailable, Vanished, is_count, lines, read, unavailable_from
 
 __all__ = ["parse_schedstat", "parse_task_schedstat", "read_schedstat", "read_task_schedstats"]
 
@@ -24,8 +24,8 @@ def parse_task_schedstat(data: bytes, file: str = "schedstat") -> float:
 
     /proc/<pid>/task/<tid>/schedstat (2.6.23) has three numbers: ns running, ns waiting, and slices run.
     """
-    fields = data.split()[:_TASK_FIELDS]
-    if len(fields) < _TASK_FIELDS or not all(field.isdigit() for field in fields):
+    fields = lines(data, file)[0].split()[:_TASK_FIELDS]
+    if len(fields) < _TASK_FIELDS or not all(map(is_count, fields)):
         raise ParseError(file, 1, "three whole numbers")
     return int(fields[_TASK_WAITED]) / _NANO
 
@@ -72,11 +72,11 @@ def parse_schedstat(data: bytes, file: str = "schedstat") -> dict[str, float]:
     A CPU that is off line has no row.
     """
     waited: dict[str, float] = {}
-    for number, line in enumerate(data.splitlines(), 1):
+    for number, line in enumerate(lines(data, file), 1):
         if not line.startswith(b"cpu"):
             continue
         fields = line.split()
-        if len(fields) < _CPU_FIELDS or not fields[_CPU_WAITED].isdigit():
+        if len(fields) < _CPU_FIELDS or not is_count(fields[_CPU_WAITED]):
             raise ParseError(file, number, "cpu<N> and nine whole numbers")
         waited[fields[0].decode("ascii", "replace")] = int(fields[_CPU_WAITED]) / _NANO
     if not waited:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shoal.kernel.files import ParseError, Reason, Unavailable, lines, read
+from shoal.kernel.files import ParseError, Reason, Unavailable, lines, read, whole
 
 __all__ = ["TcpSockets", "parse_sockstat", "read_tcp_sockets"]
 
@@ -30,7 +30,7 @@ def parse_sockstat(data: bytes, file: str = "net/sockstat") -> dict[str, dict[st
         fields = rest.split()
         try:
             names = [name.decode() for name in fields[::2]]
-            rows[protocol.decode()] = dict(zip(names, map(int, fields[1::2]), strict=True))
+            rows[protocol.decode()] = dict(zip(names, map(whole, fields[1::2]), strict=True))
         except ValueError:
             raise ParseError(file, number, "a protocol and pairs of a name and a whole number") from None
         if not colon:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shoal.kernel.files import ParseError, lines, read
+from shoal.kernel.files import ParseError, lines, read, whole
 
 __all__ = ["parse_sysctl", "read_sysctl"]
 
@@ -11,7 +11,7 @@ def parse_sysctl(data: bytes, file: str = "sysctl") -> int:
     """Return the number of a one-number sysctl. Raises `ParseError` for anything else."""
     try:
         (line,) = lines(data, file)
-        return int(line)
+        return whole(line)
     except ValueError:
         raise ParseError(file, 1, "one whole number") from None
 

@@ -39,7 +39,8 @@ def parse_info(reply: object) -> dict[str, str]:
     """
     if not isinstance(reply, bytes):
         raise MalformedReply("INFO did not return text")
-    lines = reply.decode("utf-8", "replace").splitlines()
+    # Not splitlines(), for which a vertical tab in the name of a file ends a line too.
+    lines = reply.decode("utf-8", "replace").replace("\r\n", "\n").split("\n")
     fields = dict(line.split(":", 1) for line in lines if ":" in line and not line.startswith("#"))
     if "redis_version" not in fields:
         raise MalformedReply("INFO returned no redis_version")

@@ -141,6 +141,13 @@ def test_info() -> None:
     assert number(fields, "absent") is None
 
 
+def test_info_with_a_name_that_looks_like_lines() -> None:
+    """What a person may call a file: only the protocol's own line breaks end a line."""
+    name = "/tmp/\x0bloading:1\x1cloading:1\u2028loading:1\x85loading:1"  # noqa: S108  (nobody's file)
+    fields = parse_info(f"redis_version:7.0.15\r\nloading:0\r\nconfig_file:{name}\r\n".encode())
+    assert fields == {"redis_version": "7.0.15", "loading": "0", "config_file": name}
+
+
 @pytest.mark.parametrize(
     ("text", "value"), [("-1", -1), ("007", 7), ("+1", None), (" 1", None), ("1.5", None), ("٣", None)]
 )

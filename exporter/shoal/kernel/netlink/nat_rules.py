@@ -109,6 +109,8 @@ class _Target(NamedTuple):
                 return None
             found.append(b"".join(parts))
         low, high, port_low, port_high = found
+        if len(low) % _UNIT_BYTES or len(high) % _UNIT_BYTES or 1 in (len(port_low), len(port_high)):
+            return None
         return low, high, port_low[:2], port_high[:2]
 
 
@@ -295,6 +297,8 @@ def _native(data: dict[int, bytes], registers: dict[int, bytes | int], looked_up
         rules.maps.setdefault(looked_up, []).append(target)
     elif backend := target.with_data(b""):
         rules.add(*backend)
+    else:
+        rules.opaque += 1
 
 
 def _compatible(data: dict[int, bytes], family: int, rules: NatRules) -> None:
@@ -313,6 +317,9 @@ def _compatible(data: dict[int, bytes], family: int, rules: NatRules) -> None:
     if not flags & _NF_NAT_RANGE_MAP_IPS:
         return
     length = _UNITS_OF_FAMILY[family] * _UNIT_BYTES
+    if len(low) < length:
+        rules.opaque += 1
+        return
     if not flags & _NF_NAT_RANGE_PROTO_SPECIFIED:
         port_low = port_high = b""
     rules.add(low[:length], high[:length], port_low, port_high)

@@ -15,8 +15,9 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from shoal.kernel.files import ParseError, Unavailable, Vanished, read, unavailable_from
+from shoal.kernel.files import ParseError, Unavailable, Vanished, hexadecimal, lines, read, unavailable_from
 from shoal.kernel.netlink.core import NetlinkSocket, Subsystem, attributes, open_socket, split
+from shoal.kernel.processes import check_processes_visible
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
@@ -219,7 +220,7 @@ def parse_discards(data: bytes, file: str = "net/stat/arp_cache") -> int:
     Packets dropped because the queue of an unresolved neighbour was full (unres_qlen). Those that still wait in it when
     the neighbour is given up are not among them (seen on 6.18: 908 of 1,000). Netlink does not send it.
     """
-    header, *rows = data.splitlines() or [b""]
+    header, *rows = lines(data, file)
     try:
         column = header.split().index(b"unresolved_discards")
     except ValueError:
@@ -227,7 +228,7 @@ def parse_discards(data: bytes, file: str = "net/stat/arp_cache") -> int:
     total = 0
     for number, row in enumerate(rows, 2):
         try:
-            total += int(row.split()[column], 16)
+            total += hexadecimal(row.split()[column])
         except (IndexError, ValueError):
             raise ParseError(file, number, "as many hexadecimal numbers as line 1 has names") from None
     return total
@@ -264,6 +265,7 @@ def read_discards(proc: str, table: str) -> int:
     The file is in the first network namespace only, which process 1 of the host is in. Raises `Unavailable` or
     `ParseError`.
     """
+    check_processes_visible(proc)
     path = f"{proc}/1/net/stat/{table}"
     return parse_discards(read(path), path)
 

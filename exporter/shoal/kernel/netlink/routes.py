@@ -228,7 +228,10 @@ def parse_route(message: bytes) -> Route:
     _require(message, _ROUTE, "struct rtmsg", 1)
     _, _, _, _, _, _, _, kind, _ = _ROUTE.unpack_from(message)
     values = attributes(message, _ROUTE_BYTES, _FILE, 1)
-    return Route(_device(values, 1), _gateway(values, 1), values.get(_RTA_PREFSRC), kind == _RTN_LOCAL)
+    source = values.get(_RTA_PREFSRC)
+    if source is not None and len(source) not in _FAMILY_OF_BYTES:
+        raise ParseError(_FILE, 1, f"RTA_PREFSRC of 4 or 16 bytes, found {len(source)}")
+    return Route(_device(values, 1), _gateway(values, 1), source, kind == _RTN_LOCAL)
 
 
 def read_links(netlink: NetlinkSocket) -> dict[int, Link]:

@@ -125,7 +125,7 @@ def parse_family_id(message: bytes) -> int:
 def parse_taskstats(message: bytes) -> TaskStats:
     """Decode the answer to TASKSTATS_CMD_GET for a thread group (without netlink header).
 
-    Raises `ParseError`X
+    Raises `ParseError`, and `Unavailable` for a version that is too old.
     """
     group = attributes(message, _GENL_HEADER.size, _FILE, 1).get(_TASKSTATS_TYPE_AGGR_TGID)
     if group is None:
