@@ -149,14 +149,10 @@ class Inventory:
         is looked up, and the rest is only what the path itself tells.
         """
         identity = _identity(path)
-        outermost: Owner | None = None
-        for container in identity.containers:
-            owner = self._by_container.get(container)
-            if owner and owner.pod:
-                # What it has made below its own cgroup may be called after another's container.
-                return owner
-            outermost = outermost or owner
-        return outermost or _owner_of(identity, self._names) or Owner()
+        known = [self._by_container[one] for one in identity.containers if one in self._by_container]
+        # What a pod's container makes below its own cgroup may be called after another's; a container may hold pods.
+        inside_a_pod = next((owner for owner in known if owner.pod), None)
+        return inside_a_pod or next(iter(known), None) or _owner_of(identity, self._names) or Owner()
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,17 +174,15 @@ def _identity(path: str) -> _Identity:
     uid = container = unit = ""
     containers = []
     for part in path.strip("/").split("/"):
-        inside = _CONTAINER.search(part)
-        if inside:
-            containers.append(inside[1])
         if uid and container:
-            continue
+            break
         if match := _POD.search(part):
             uid = match[1].replace("_", "-")
             container = unit = ""
-        if inside:
+        if match := _CONTAINER.search(part):
+            containers.append(match[1])
             # A container inside a container is the outer one's affair; inside a pod of its own it is not.
-            container, unit = container or inside[1], ""
+            container, unit = container or match[1], ""
         elif not (uid or container or unit) and _UNIT.match(part) and not _HELPER.match(part):
             unit = part
     return _Identity(uid, container, unit, tuple(containers))

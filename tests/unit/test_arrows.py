@@ -63,7 +63,7 @@ def test_the_walk_sees_everything() -> None:
 
 
 def test_no_duration_is_read_off_the_wall() -> None:
-    """The wall's clock may be set at any time; it is asked only for dates, of log lines and of readings."""
+    """The wall's clock may be set at any time; it is asked only for dates: of log lines, and of a reload."""
     asked = {
         (str(file), node.attr)
         for file in FILES
