@@ -86,6 +86,8 @@ class Fault:
     decoys: tuple[Decoy, ...]
     confirm: tuple[Shows, ...]
     needs: tuple[Feature, ...] = ()
+    also: tuple[str, ...] = ()
+    """Other alerts that must come beside this one, because they hold whenever it does: warnings, mostly."""
     exporter: tuple[str, ...] = ()
     """Options that the exporter must be given to see it."""
     one_moment: bool = False

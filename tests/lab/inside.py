@@ -320,6 +320,9 @@ class Lab:
             outcome.attributed = outcome.detected and not strangers
             if strangers:
                 outcome.problems.append(f"these are blamed too: {strangers}")
+            for name in case.fault.also if outcome.detected else ():
+                if not any(page.alert == name and page.is_about(case.culprit.labels) for page in firing):
+                    outcome.problems.append(f"{name} did not come beside {case.fault.alert}")
             for decoy in case.decoys:
                 # On an emulated machine anybody may wait for a CPU, and a warning of that is right and wakes nobody.
                 about = [

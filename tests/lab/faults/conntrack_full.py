@@ -109,6 +109,7 @@ FAULT = Fault(
     number=9,
     title="The connection tracking table is full",
     alert="ShoalConntrackDrops",
+    also=("ShoalConntrackNearlyFull",),
     signal="conntrack_statistics",
     story=full,
     decoys=(Decoy(nearly_full_and_steady), Decoy(invalid_packets)),

@@ -167,6 +167,7 @@ FAULT = Fault(
     number=12,
     title="conntrack sends traffic to a deleted backend",
     alert="ShoalConntrackBackendBlackhole",
+    also=("ShoalConntrackStaleBackend",),
     signal="conntrack_backends",
     story=backend_gone,
     decoys=(Decoy(slow_backend), Decoy(drained_backend)),

@@ -68,6 +68,7 @@ FAULT = Fault(
     number=7,
     title="Waiting, not computing",
     alert="ShoalBlockIoStall",
+    also=("ShoalBlockIoDelay",),
     signal="delays_waits",
     story=throttled_disk,
     # On an emulated machine it waits for a CPU too, and is told so.

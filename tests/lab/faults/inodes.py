@@ -94,6 +94,7 @@ FAULT = Fault(
     number=4,
     title="Inodes run out while df shows space",
     alert="ShoalInodesExhausted",
+    also=("ShoalInodesRunningOut",),
     signal="inodes_filesystems",
     story=exhausted,
     decoys=(Decoy(full_of_bytes), Decoy(steady_three_quarters)),

@@ -164,6 +164,7 @@ FAULT = Fault(
     number=2,
     title="A full accept queue refuses connections",
     alert="ShoalListenQueueOverflow",
+    also=("ShoalListenQueueNearlyFull",),
     signal="listen_queue_namespaces",
     story=overflow,
     decoys=(Decoy(closed_port), Decoy(syn_cookies), Decoy(drops_without_overflow), Decoy(absorbed_burst)),

@@ -61,6 +61,7 @@ FAULT = Fault(
     number=6,
     title="memory.high throttles without a kill",
     alert="ShoalMemoryHighThrottling",
+    also=("ShoalMemoryHighStalling",),
     signal="memory_workloads",
     story=throttled,
     decoys=(Decoy(harmless_high),),

@@ -86,6 +86,7 @@ FAULT = Fault(
     number=5,
     title="OOM-killed at half the limit",
     alert="ShoalOOMKill",
+    also=("ShoalOOMKillRepeated",),
     signal="memory_workloads",
     story=killed_at_half,
     decoys=(Decoy(clean_page_cache),),

@@ -89,6 +89,7 @@ FAULT = Fault(
     number=10,
     title="Neighbours hold the CPU that a container waits for",
     alert="ShoalCPUStarvation",
+    also=("ShoalRunQueueDelay",),
     signal="delays_throttling",
     story=starved,
     decoys=(Decoy(own_quota, right=("ShoalCPUThrottling",)), Decoy(batch_at_nice_19)),

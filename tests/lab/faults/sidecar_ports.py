@@ -112,6 +112,7 @@ FAULT = Fault(
     number=13,
     title="A sidecar uses up the ports of one pod",
     alert="ShoalEphemeralPortsExhausted",
+    also=("ShoalEphemeralPortsNearlyExhausted",),
     signal="ephemeral_ports_namespaces",
     story=held,
     decoys=(Decoy(spread), Decoy(busy_server)),

@@ -85,6 +85,7 @@ FAULT = Fault(
     number=14,
     title="TIME_WAIT uses up the ports",
     alert="ShoalTimeWaitPortsExhausted",
+    also=("ShoalTimeWaitPortsNearlyExhausted",),
     signal="ephemeral_ports_namespaces",
     story=used_up,
     decoys=(Decoy(on_the_servers_side),),
