@@ -51,6 +51,8 @@ def test_there_are_fourteen_failures() -> None:
 def test_a_failure_fits_rules_runbook_and_exporter(fault: Fault) -> None:
     """Its alert and its signal exist, and each command that confirms it stands in the runbook word for word."""
     assert fault.alert in alerts()
+    # Of the same group, so that both are evaluated at the same moment.
+    assert {alerts()[name]["labels"]["signal"] for name in fault.also} <= {alerts()[fault.alert]["labels"]["signal"]}
     signals = {signal for name in available_names() for signal in load_collector(name).signals}
     assert fault.signal in signals
     right = [alerts()[name] for decoy in fault.decoys for name in decoy.right]
