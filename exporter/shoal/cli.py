@@ -56,7 +56,8 @@ _CHECK_EPILOG = """\
 Where this node's own kernel is read, the options of the exporter count too (see
 shoal-exporter --help); --netns.enter and --redis.discover are true here unless
 they are given.
-Exit status: 0 nothing is wrong, 1 a warning, 2 critical, 3 nothing can be told.
+Exit status: 0 nothing is wrong, 1 a warning, 2 critical, 3 nothing can be told or
+a node did not answer.
 """
 
 
