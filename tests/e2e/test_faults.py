@@ -106,9 +106,9 @@ def ask_in_vain(running: Running) -> None:
 
 @contextmanager
 def prometheus(directory: Path, exporter_port: int, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a Prometheus that scrapes the exporter every other second and keeps what it has in the directory."""
+    """Run a Prometheus that scrapes the exporter once a second and keeps what it has in the directory."""
     configuration = {
-        "global": {"scrape_interval": "2s", "scrape_timeout": "2s"},
+        "global": {"scrape_interval": "1s", "scrape_timeout": "1s"},
         "scrape_configs": [{"job_name": "shoal", "static_configs": [{"targets": [f"127.0.0.1:{exporter_port}"]}]}],
     }
     (directory / "prometheus.json").write_text(json.dumps(configuration))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from hypothesis import strategies as st
 
 from shoal.kernel.files import ParseError
-from shoal.kernel.netlink.core import attributes, split
+from shoal.kernel.netlink.core import split
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -160,35 +160,53 @@ def _shorter(data: bytes, where: int, what: int) -> bytes:
     return _joined(messages)
 
 
+def _attributes(data: bytes) -> list[tuple[int, bytes]]:
+    """Return (type with its flags, value) of attributes that fill the data, [] of anything else."""
+    found = []
+    offset = 0
+    while offset < len(data):
+        length, kind = struct.unpack_from("=HH", data, offset) if len(data) - offset >= 4 else (0, 0)
+        if not 4 <= length <= len(data) - offset:
+            return []
+        found.append((kind, data[offset + 4 : offset + length]))
+        offset += length + 3 & ~3
+    return found
+
+
+def _count(data: bytes) -> int:
+    """Count attributes, and those inside of attributes."""
+    return sum(1 + _count(value) for _, value in _attributes(data))
+
+
+def _changed(data: bytes, place: int, what: int) -> bytes:
+    """Drop, double, empty, lengthen or shorten the attribute of this number; what is around it stays well formed."""
+    packed = b""
+    for kind, value in _attributes(data):
+        inside = _count(value)
+        if place == 0:
+            choice = what % 5
+            size = what // 5 % 9
+            new = (value, value, b"", value + bytes(size), value[: max(0, len(value) - size)])[choice]
+            copies = (0, 2, 1, 1, 1)[choice]
+        else:
+            new = _changed(value, place - 1, what) if 0 < place <= inside else value
+            copies = 1
+        packed += (struct.pack("=HH", 4 + len(new) & 0xFFFF, kind) + new + bytes(-len(new) % 4)) * copies
+        place -= 1 + inside
+    return packed
+
+
 def _attribute(data: bytes, where: int, what: int) -> bytes:
-    """Drop, double, empty or lengthen an attribute of a message."""
+    """Change an attribute of a message, however deep it is."""
     messages = _messages(data)
-    message = messages[where % len(messages)]
+    chosen = where % len(messages)
+    message = messages[chosen]
     body = message[HEADER.size :]
     for beginning in BEGINNINGS:
-        try:
-            found = attributes(body, beginning, "", 0)
-        except ParseError:
-            continue
-        if not found:
-            continue
-        parts = list(found.items())
-        place = what // 4 % len(parts)
-        if what % 4 == 0:
-            del parts[place]
-        elif what % 4 == 1:
-            parts.insert(place, parts[place])
-        elif what % 4 == 2:
-            parts[place] = (parts[place][0], b"")
-        else:
-            parts[place] = (parts[place][0], parts[place][1] + bytes(what // 64 % 9))
-        packed = b"".join(
-            struct.pack("=HH", 4 + len(value), kind) + value + bytes(-len(value) % 4) for kind, value in parts
-        )
-        body = body[:beginning] + packed
-        break
-    length = HEADER.size + len(body)
-    messages[where % len(messages)] = struct.pack("=I", length) + message[4 : HEADER.size] + body
+        if count := _count(body[beginning:]):
+            body = body[:beginning] + _changed(body[beginning:], where // len(messages) % count, what)
+            break
+    messages[chosen] = struct.pack("=I", HEADER.size + len(body)) + message[4 : HEADER.size] + body
     return _joined(messages)
 
 

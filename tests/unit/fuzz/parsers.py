@@ -54,7 +54,7 @@ from shoal.kernel.netlink import (
 )
 from shoal.kubernetes import endpoints, watch
 from shoal.redis import client, discovery, info, targets
-from shoal.redis.errors import Down, ErrorReply, MalformedReply
+from shoal.redis.errors import Down, DownReason, ErrorReply, MalformedReply
 from shoal.settings import SettingsError
 from shoal.web_config import WebConfig
 
@@ -121,10 +121,6 @@ def attribute(kind: int, value: bytes) -> bytes:
 def bodies(data: bytes) -> Iterator[bytes]:
     """Return what follows the headers of netlink messages."""
     return (one.body for one in core.split(data) if one.kind >= _FIRST_TYPE)
-
-
-def _first(data: bytes) -> bytes:
-    return next(bodies(data), b"")
 
 
 def _expression(name: bytes, *data: bytes) -> bytes:
@@ -261,6 +257,13 @@ class _Nowhere:
     def close(self) -> None:
         """Be closed already."""
 
+    abort = close
+
+    @property
+    def transport(self) -> _Nowhere:
+        """Return what can be aborted."""
+        return self
+
 
 def _protocol(data: bytes) -> object:
     """Return what a connection makes of the bytes that come from a server, to INFO, CONFIG GET and LATENCY LATEST."""
@@ -281,6 +284,7 @@ def _protocol(data: bytes) -> object:
                 found.append(parse(await reply))
             except (Down, ErrorReply, MalformedReply):
                 found.append(None)
+        await asked.close(Down(DownReason.CLOSED, "the end"))
         return found
 
     return asyncio.run(ask())
@@ -413,7 +417,7 @@ PARSERS: dict[str, Parser] = {
         sums=True,
     ),
     "shoal.kernel.netlink.conntrack.parse_conntrack_totals": Parser(
-        lambda data: ctnetlink.parse_conntrack_totals(_first(data)), dumps("conntrack_stats"), _NETLINK
+        lambda data: list(map(ctnetlink.parse_conntrack_totals, bodies(data))), dumps("conntrack_stats"), _NETLINK
     ),
     "shoal.kernel.netlink.conntrack_entries.parse_entries": Parser(
         lambda data: list(conntrack_entries.parse_entries(bodies(data))),
@@ -491,7 +495,10 @@ PARSERS: dict[str, Parser] = {
         lambda data: routes.parse_policy_rules(bodies(data)), dumps("route_rules"), _NETLINK, sums=True
     ),
     "shoal.kernel.netlink.routes.parse_route": Parser(
-        lambda data: routes.parse_route(_first(data)), dumps("route_routes*"), _NETLINK, sound=_known_addresses
+        lambda data: list(map(routes.parse_route, bodies(data))),
+        dumps("route_routes*"),
+        _NETLINK,
+        sound=lambda found: all(map(_known_addresses, found)),
     ),
     "shoal.kernel.netlink.sock_diag.parse_listeners": Parser(
         lambda data: sock_diag.parse_listeners(bodies(data)),
@@ -500,10 +507,10 @@ PARSERS: dict[str, Parser] = {
         sound=lambda found: all(0 <= one.port <= 65535 for one in found),
     ),
     "shoal.kernel.netlink.taskstats.parse_family_id": Parser(
-        lambda data: taskstats.parse_family_id(_first(data)), (_FAMILY,), _NETLINK
+        lambda data: list(map(taskstats.parse_family_id, bodies(data))), (_FAMILY,), _NETLINK
     ),
     "shoal.kernel.netlink.taskstats.parse_taskstats": Parser(
-        lambda data: taskstats.parse_taskstats(_first(data)),
+        lambda data: list(map(taskstats.parse_taskstats, bodies(data))),
         recorded("taskstats/*/reply.bin"),
         _NETLINK,
         (ParseError, Unavailable),
