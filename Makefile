@@ -50,7 +50,7 @@ unit: .venv/dev
 # In a virtual machine: what loads modules and writes sysctls of the initial namespace.
 test-vm: .venv/dev
 	tests/packages.sh
-	tests/vm.sh $(KERNEL) -- $(BIN)/pytest -q -p no:cacheprovider --timeout=300 tests/vm
+	SHOAL_VM_TIMEOUT=1200 tests/vm.sh $(KERNEL) -- $(BIN)/pytest -q -p no:cacheprovider --timeout=600 tests/vm
 
 # Half an hour. pytest tests/unit/fuzz alone is what CI does: a hundred for each.
 fuzz: .venv/dev

@@ -78,6 +78,14 @@ def test_answers_are_replies_of_the_address_asked_for() -> None:
     assert read_answers(link, THERE, 6) == set()
 
 
+@pytest.mark.parametrize(("place", "length"), [(4, 8), (5, 16), (4, 0), (5, 0)])
+def test_addresses_of_other_lengths_are_no_answer(place: int, length: int) -> None:
+    """What stands where the sender's MAC and IP address would stand is then something else."""
+    odd = bytearray(packet())
+    odd[place] = length
+    assert parse_answer(bytes(odd)) is None
+
+
 @given(st.binary(max_size=80))
 def test_no_bytes_break_the_decoder(data: bytes) -> None:
     """Whatever is on the wire, it is an answer or it is nothing."""

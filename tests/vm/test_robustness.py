@@ -39,7 +39,7 @@ def limited(name: str, **settings: str) -> Iterator[tuple[Path, tuple[str, ...]]
 
 def test_memory_high(tmp_path: Path) -> None:
     """Above memory.high the kernel slows it down again and again; every scrape is answered, and all of them whole."""
-    with limited("robust.service", memory_high=str(32 << 20)) as (place, before), ExitStack() as stack:
+    with limited("robust.service", memory_high=str(40 << 20)) as (place, before), ExitStack() as stack:
         running = stack.enter_context(exporter(before=before, log=tmp_path / "log"))
         scrapes = [running.scrape() for _ in range(5)]
         assert not any(scrape.failed for scrape in scrapes)
