@@ -27,8 +27,9 @@ logger = logging.getLogger(__name__)
 _PING_SECONDS = 0.2
 # How long a server may take to log in and to answer a PING before it counts as down.
 _SILENCE_SECONDS = 5.0
-# How long a scrape waits for INFO: longer than any stall but those that make the server count as down anyway.
-_READ_SECONDS = 1.0
+# How long a scrape waits for INFO. With `always` two flushes stand before an answer, that of the turn of the server's
+# loop in which the question comes in and that of the turn which answers it, and on a slow disk each took 0.7 s.
+_READ_SECONDS = 2.0
 _FIRST_RETRY_SECONDS = 1.0
 _LAST_RETRY_SECONDS = 10.0
 # While an answer is awaited, the loop wakes this often to see whether it is the exporter itself that was late.
@@ -99,7 +100,7 @@ class Server:
             retry = min(2 * retry, _LAST_RETRY_SECONDS)
 
     async def read(self) -> Reading:
-        """Ask for the server's numbers. Raises `Down`, at once if it is known to be down, else within a second."""
+        """Ask for the server's numbers. Raises `Down`, at once if it is known to be down, else within two seconds."""
         try:
             async with asyncio.timeout(_READ_SECONDS):
                 await self._tried.wait()
@@ -188,8 +189,12 @@ class Server:
         return self.own_delay + (late if late > _SLACK_SECONDS else 0.0)
 
     async def _read(self, client: Client) -> Reading:
+        # All at once: a server that stalls at every turn of its loop answers them in one.
+        asked = client.send("INFO")
+        parameters = [self._ask(client, "CONFIG", "GET", parameter) for parameter in _PARAMETERS]
+        latest = self._ask(client, "LATENCY", "LATEST")
         try:
-            info = parse_info(await client.send("INFO"))
+            info = parse_info(await asked)
         except ErrorReply as error:
             raise _refusal(error) from None
         if number(info, "loading"):
@@ -198,12 +203,12 @@ class Server:
         latency: dict[str, LatencyEvent] | Unavailable
         try:
             config = {}
-            for parameter in _PARAMETERS:
-                config |= parse_config(await self._allowed(client, "CONFIG", "GET", parameter))
+            for parameter in parameters:
+                config |= parse_config(await self._allowed(parameter, "CONFIG"))
         except Unavailable as error:
             config = error
         try:
-            latency = parse_latency(await self._allowed(client, "LATENCY", "LATEST"))
+            latency = parse_latency(await self._allowed(latest, "LATENCY"))
             if isinstance(config, dict) and number(config, "latency-monitor-threshold") == 0:
                 latency = Unavailable(Reason.DISABLED, f"the latency monitor of {self.target.name} is off")
         except Unavailable as error:
@@ -211,16 +216,20 @@ class Server:
         pid = client.local_pid or (number(info, "process_id") if client.same_host else None)
         return Reading(info, config, latency, pid)
 
-    async def _allowed(self, client: Client, *words: str) -> object:
-        """Send a command that this user may not be allowed. Not sent again once refused, as servers log refusals."""
-        if refused := self._refused.get(words[0]):
-            raise refused.with_traceback(None)
+    def _ask(self, client: Client, *words: str) -> asyncio.Future[object] | None:
+        """Send a command that this user may not be allowed; not again once it was refused, as servers log that."""
+        return None if words[0] in self._refused else client.send(*words)
+
+    async def _allowed(self, reply: asyncio.Future[object] | None, command: str) -> object:
+        """Return the reply to such a command. Raises `Unavailable` if it was refused, now or before."""
+        if reply is None:
+            raise self._refused[command].with_traceback(None)
         try:
-            return await client.send(*words)
+            return await reply
         except ErrorReply as error:
             reason = Reason.NO_PERMISSION if str(error).startswith("NOPERM") else Reason.DISABLED
-            self._refused[words[0]] = Unavailable(reason, f"{self.target.name} refuses {' '.join(words)}: {error}")
-            raise self._refused[words[0]] from None
+            self._refused[command] = Unavailable(reason, f"{self.target.name} refuses {command}: {error}")
+            raise self._refused[command] from None
 
 
 def _refusal(error: ErrorReply) -> Down:

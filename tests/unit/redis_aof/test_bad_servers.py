@@ -161,6 +161,26 @@ async def test_one_good_among_the_bad(pretend: Pretend, start_redis: StartRedis,
     assert watching.slow_pings(found, good, "1.0") == 0
 
 
+async def test_everything_is_asked_at_once(pretend: Pretend, watch: Watch) -> None:
+    """A server that stalls at every turn of its loop, and answers in the next all that came meanwhile, is read."""
+    held: list[bytes] = []
+
+    def answer(command: bytes) -> bytes | None:
+        if not held and command != b"info":
+            return healthy(command)
+        held.append(healthy(command))
+        if command != b"latency latest":
+            return None
+        replies = b"".join(held)
+        held.clear()
+        return replies
+
+    name = await pretend(answer)
+    watching = await watch(f"redis://{name}")
+    assert await watching.reasons() == {name: ""}
+    assert await watching.reasons() == {name: ""}
+
+
 async def test_the_next_scrape_is_right_again(pretend: Pretend, watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that goes through every trouble in turn is up again after the last, with its numbers."""
     monkeypatch.setattr(server_module, "_FIRST_RETRY_SECONDS", 0.05)
