@@ -90,6 +90,9 @@ class Fault:
     """Options that the exporter must be given to see it."""
     one_moment: bool = False
     """Whether `check` must have begun before it to see it: it happens once, or the exporter asks once a minute."""
+    evidence: float = 0
+    """How long the alert's expression may take to hold once the failure is there, in seconds; `because` says why."""
+    because: str = ""
     resolves_after: float = 420
     """The longest that its page may stay after the cure, in seconds: the window of its evidence, and a margin."""
     name: str = ""

@@ -16,7 +16,7 @@ import traceback
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import yaml
 from tests.lab.faults import load
@@ -45,6 +45,10 @@ _RISES_AFTER: Final = 3.0
 _CHECK_OVER: Final = 5.0
 """Seconds between the two scrapes of `check`, as a person has it who gives no option."""
 _LOOK_EVERY: Final = 0.5
+_FOR: Final = 3
+"""How many scrapes every alert waits here, with `for`."""
+_SCRAPES: Final = 3
+"""And how many more a page may take."""
 _GRID: Final = 60
 """The step of the rules' subqueries, in seconds: the grid on which counters are looked at."""
 
@@ -110,7 +114,16 @@ class Lab:
         self.faults = faults
         self.pace = pace
         self.outcomes = {
-            one.name: Outcome(one.number, one.name, one.title, one.alert, _lacks(one.needs)) for one in faults
+            one.name: Outcome(
+                one.number,
+                one.name,
+                one.title,
+                one.alert,
+                _lacks(one.needs),
+                seconds_at_most=one.evidence + (_FOR + _SCRAPES) * pace.interval,
+                because=f"{one.evidence:.0f} s: {one.because}" if one.because else "",
+            )
+            for one in faults
         }
         self.cases: list[_Case] = []
         self.problems: list[str] = []
@@ -194,7 +207,8 @@ class Lab:
             self.tell(stack)
             for case in list(waiting):
                 if page := self._page(stack, case, "firing", case.caused_at):
-                    case.outcome.seconds_to_page = page.at - case.caused_at
+                    case.outcome.seconds_to_page = took = page.at - case.caused_at
+                    case.outcome.seconds_as_shipped = took + _shipped_for(case.fault.alert) - _FOR * self.pace.interval
                     case.outcome.detected = True
                     self._check(case, stack, before if case.fault.one_moment else None)
                     self._confirm(case)
@@ -203,6 +217,7 @@ class Lab:
             time.sleep(_LOOK_EVERY)
         for case in waiting:
             _say(f"{case.fault.name}: no page within {self.pace.patience:.0f} s")
+            _keep_evidence(case, stack)
             self._cure(case)
 
     def _check(self, case: _Case, stack: Stack, before: Snapshot | None) -> None:
@@ -333,6 +348,13 @@ class Lab:
                     outcome.decoys[decoy.name] = f"it paged: {about[0].labels}"
 
 
+def _keep_evidence(case: _Case, stack: Stack) -> None:
+    """Write beside the logs what Prometheus knows now of the culprit of a failure that did not page."""
+    labels = ",".join(f'{name}="{value}"' for name, value in case.culprit.labels.items() if name != "container")
+    with (WORKPLACE / f"{case.fault.alert}.log").open("w", encoding="utf-8") as file:
+        file.writelines(f"{one['metric']} {one['value'][1]}\n" for one in stack.query(f"{{{labels}}}"))
+
+
 def _blames(found: dict[str, str], labels: dict[str, str]) -> bool:
     """Tell whether a finding is about whom it should be, as far as it says: it may name fewer labels than the page."""
     shared = labels.keys() & found.keys()
@@ -362,14 +384,23 @@ def _lacks(needs: Sequence[Feature]) -> str:
     return "; ".join(f"{feature.name}: {sentence}" for feature in needs if (sentence := feature.missing()))
 
 
+def _alerts() -> Iterator[dict[str, Any]]:
+    """Yield every alert that is shipped."""
+    for file in (REPOSITORY / "rules").glob("*.yaml"):
+        for group in yaml.safe_load(file.read_text(encoding="utf-8"))["groups"]:
+            yield from (rule for rule in group["rules"] if "alert" in rule)
+
+
 def _waits(seconds: int) -> dict[str, dict[str, str]]:
     """Return the same wait for every alert that there is."""
     waits = {"for": f"{seconds}s", "keep_firing_for": f"{seconds}s"}
-    found: dict[str, dict[str, str]] = {}
-    for file in (REPOSITORY / "rules").glob("*.yaml"):
-        for group in yaml.safe_load(file.read_text(encoding="utf-8"))["groups"]:
-            found |= {rule["alert"]: waits for rule in group["rules"] if "alert" in rule}
-    return found
+    return {rule["alert"]: waits for rule in _alerts()}
+
+
+def _shipped_for(alert: str) -> int:
+    """Return how many seconds an alert waits as it is shipped; all of them say it in whole minutes."""
+    (rule,) = (rule for rule in _alerts() if rule["alert"] == alert)
+    return 60 * int(rule["for"].removesuffix("m"))
 
 
 @contextmanager
@@ -391,7 +422,7 @@ def stage(faults: Sequence[Fault], interval: int) -> Iterator[tuple[Node, Stack,
                 WORKPLACE,
                 options,
                 interval=interval,
-                waits=_waits(3 * interval),
+                waits=_waits(_FOR * interval),
                 cgroup=node.cgroup("system.slice/shoal-exporter.service"),
             )
         )

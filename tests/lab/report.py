@@ -16,6 +16,20 @@ FAULTS: Final = 14
 KERNEL: Final = ".".join(platform.release().split(".")[:2])
 """The kernel that runs here, as reports are named for it."""
 
+_COLUMNS: Final = (
+    "",
+    "failure",
+    "alert",
+    "detected",
+    "blamed",
+    "fault to page",
+    "at most",
+    "with the shipped `for`",
+    "decoys silent",
+    "confirmed",
+    "cure to resolved",
+)
+
 
 @dataclass(slots=True)
 class Outcome:
@@ -32,6 +46,12 @@ class Outcome:
     blamed: list[dict[str, str]] = field(default_factory=list)
     """The labels of each page of this alert."""
     seconds_to_page: float | None = None
+    seconds_at_most: float = 0.0
+    """What the page may take: what the expression needs to hold, `for` as it was here, and three scrapes."""
+    because: str = ""
+    """How long the expression may need to hold, and why; nothing if it holds at once."""
+    seconds_as_shipped: float | None = None
+    """What the page would have taken with the `for` that is shipped."""
     seconds_to_resolve: float | None = None
     """From the cure to the end of the page."""
     resolve_not_awaited: bool = False
@@ -59,6 +79,11 @@ class Outcome:
     def ran(self) -> bool:
         """Whether it could run here."""
         return not self.cannot_run
+
+    @property
+    def late(self) -> bool:
+        """Whether the page took longer than it may."""
+        return self.seconds_to_page is not None and self.seconds_to_page > self.seconds_at_most
 
     @property
     def silent(self) -> int:
@@ -150,20 +175,29 @@ class Report:
             "",
             f"{self.line}. Taken in {self.took_seconds / 60:.0f} minutes.",
             "",
-            "| | failure | alert | detected | blamed | fault to page | decoys silent | confirmed | cure to resolved |",
-            "|---|---|---|---|---|---|---|---|---|",
+            f"| {' | '.join(_COLUMNS)} |",
+            "|---" * len(_COLUMNS) + "|",
         ]
         for one in self.outcomes:
             about = f"| {one.number} | `{one.name}` {one.title} | {one.alert} |"
             if not one.ran:
-                rows.append(f"{about} cannot run here: {one.cannot_run} | | | | | |")
+                rows.append(f"{about} cannot run here: {one.cannot_run} | | | | | | | |")
                 continue
             resolved = "not awaited" if one.resolve_not_awaited else _seconds(one.seconds_to_resolve)
             rows.append(
-                f"{about} {_yes(one.detected)} | {_yes(one.attributed)} | {_seconds(one.seconds_to_page)}"
+                f"{about} {_yes(one.detected)} | {_yes(one.attributed)}"
+                f" | {_seconds(one.seconds_to_page)}{' **late**' if one.late else ''}"
+                f" | {_seconds(one.seconds_at_most)} | {_seconds(one.seconds_as_shipped)}"
                 f" | {one.silent} of {len(one.decoys)} | {sum(one.confirmed.values())} of {len(one.confirmed)}"
                 f" | {resolved} |"
             )
+        rows += [
+            "",
+            "At most is `for`, which the lab shortens to three scrapes, three scrapes more, and of an expression that",
+            "looks back over a time what it needs to hold if the failure begins just after a point that it looks at:",
+            "",
+        ]
+        rows += [f"- {one.name}, {one.because}." for one in self.outcomes if one.ran and one.because]
         tried = [f"- {one.name}: {sentence}" for one in self.outcomes for sentence in one.first_try]
         if tried:
             rows += [

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,7 +20,7 @@ import yaml
 from tests.lab import __main__ as program
 from tests.lab.fault import Shows
 from tests.lab.faults import load
-from tests.lab.inside import _shown, _waits, confirm_section
+from tests.lab.inside import _shipped_for, _shown, _waits, confirm_section
 from tests.lab.node import cgroup_mount
 from tests.lab.report import FAULTS, KERNEL, Outcome, Report
 from tests.lab.stack import REPOSITORY, Page, _alertmanager_configuration, _prometheus_configuration
@@ -27,7 +30,6 @@ from shoal.collectors import load as load_collector
 
 if TYPE_CHECKING:
     from argparse import Namespace
-    from pathlib import Path
 
     from tests.lab.fault import Fault
 
@@ -53,6 +55,7 @@ def test_a_failure_fits_rules_runbook_and_exporter(fault: Fault) -> None:
     assert fault.alert in alerts()
     signals = {signal for name in available_names() for signal in load_collector(name).signals}
     assert fault.signal in signals
+    assert bool(fault.evidence) is bool(fault.because)
     right = [alerts()[name] for decoy in fault.decoys for name in decoy.right]
     assert all(rule["labels"]["severity"] != "critical" for rule in right)
     assert [shows.command for shows in fault.confirm if shows.command not in confirm_section(fault.alert)] == []
@@ -114,6 +117,7 @@ def outcome(number: int, **changes: object) -> Outcome:
     made = Outcome(
         number, f"n{number}", "t", "A", detected=True, attributed=True, seconds_to_page=9.6, decoys={"d": ""}
     )
+    made.seconds_at_most, made.because = 30, "20 s: it is slow"
     for name, value in changes.items():
         setattr(made, name, value)
     return made
@@ -192,6 +196,26 @@ def test_what_fails_twice_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not (tmp_path / "second").exists()
 
 
+@pytest.mark.parametrize(
+    ("took", "says"), [(30, "| 30 s | 30 s |"), (31, "| 31 s **late** | 30 s |"), (None, "| - | 30 s |")]
+)
+def test_a_page_has_its_time_beside_what_it_may_take(took: float | None, says: str) -> None:
+    """And why it may take more than `for` and three scrapes."""
+    text = Report("6.18", 60, [outcome(1, seconds_to_page=took), outcome(2, cannot_run="x")], []).markdown()
+    assert says in text
+    assert text.count("**late**") == ("late" in says)
+    assert text.count("n1, 20 s: it is slow.") == 1
+    assert "n2, 20 s" not in text
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert {row.count("|") for row in rows} == {12}
+
+
+def test_the_shipped_wait_is_known_of_every_alert() -> None:
+    """Whole minutes, so that the report can say what a page takes in the field."""
+    assert {_shipped_for(name) > 0 for name in alerts()} == {True}
+    assert _shipped_for("ShoalListenQueueOverflow") == 120
+
+
 def lab(*arguments: str, user: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     """Run the program."""
     command = [*user, sys.executable, "-m", "tests.lab", *arguments]
@@ -242,3 +266,29 @@ def test_what_a_killed_run_left_is_cleared_away() -> None:
             assert left.wait(10) == -9
     finally:
         alive.rmdir()
+
+
+@pytest.mark.root
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_lab_that_is_killed_half_way_takes_everything_with_it(tmp_path: Path) -> None:
+    """Its processes, and with them its networks, mounts and loop devices; the next start removes the cgroups."""
+    command = [sys.executable, "-m", "tests.lab", "run", "--output", str(tmp_path), "inodes", "listen_queue"]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert any("failures and 6 decoys are built" in line for line in process.stdout)
+        top = cgroup_mount() / f"shoallab{process.pid}.slice"
+        pids = {pid for file in top.rglob("cgroup.procs") for pid in file.read_text().split()}
+        mounts = "".join(Path("/proc", pid, "mountinfo").read_text() for pid in pids)
+        loops = {f"/sys/block/{name}/loop" for name in re.findall(r" /dev/(loop\d+) ", mounts)}
+        assert len(pids) > 10
+        assert len(loops) == 3
+        process.kill()
+    gone = [Path("/proc", pid) for pid in pids] + [Path(loop) for loop in loops]
+    until = time.monotonic() + 20
+    while any(map(Path.exists, gone)) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert [one for one in gone if one.exists()] == []
+    assert top.exists()
+    program._clear_away()
+    assert not top.exists()

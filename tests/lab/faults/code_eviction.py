@@ -71,6 +71,8 @@ FAULT = Fault(
     signal="memory_workloads",
     story=evicted,
     decoys=(Decoy(room_to_spare),),
+    evidence=120,
+    because="the rate over five minutes must be above its level, and is looked at once a minute",
     confirm=(
         Shows("cg=/sys/fs/cgroup$(cut -d: -f3 /proc/<pid>/cgroup)", ""),
         Shows('cat "$cg"/memory.current "$cg"/memory.max "$cg"/memory.high', r"^2[45]\d{6}\n25165824\nmax$"),

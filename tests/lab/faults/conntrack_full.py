@@ -112,6 +112,8 @@ FAULT = Fault(
     signal="conntrack_statistics",
     story=full,
     decoys=(Decoy(nearly_full_and_steady), Decoy(invalid_packets)),
+    evidence=180,
+    because="packets must have been dropped in three of the last five minutes",
     confirm=(
         Shows("conntrack -S", r" drop=([1-9]\d*) (?!.* drop=[1-9])", rises=True),
         Shows("dmesg | grep 'table full' | tail -n 1", r"nf_conntrack: table full"),

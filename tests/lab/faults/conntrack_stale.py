@@ -170,6 +170,8 @@ FAULT = Fault(
     signal="conntrack_backends",
     story=backend_gone,
     decoys=(Decoy(slow_backend), Decoy(drained_backend)),
+    evidence=40,
+    because="an entry must be found renewed by a second dump, and the lab has one every 20 s",
     confirm=(
         Shows(
             "conntrack -L -p udp --orig-dst 10.99.0.10 2>/dev/null | head -n 3",

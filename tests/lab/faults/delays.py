@@ -72,6 +72,8 @@ FAULT = Fault(
     story=throttled_disk,
     # On an emulated machine it waits for a CPU too, and is told so.
     decoys=(Decoy(busy_disk, right=("ShoalRunQueueDelay",)),),
+    evidence=240,
+    because="the wait must be half of five minutes, which are looked at once a minute",
     confirm=(
         Shows(
             'cat "$cg"/io.pressure; cat "$cg"/io.max; cat "$cg"/io.stat; sleep 5; cat "$cg"/io.stat',

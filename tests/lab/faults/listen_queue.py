@@ -167,6 +167,8 @@ FAULT = Fault(
     signal="listen_queue_namespaces",
     story=overflow,
     decoys=(Decoy(closed_port), Decoy(syn_cookies), Decoy(drops_without_overflow), Decoy(absorbed_burst)),
+    evidence=180,
+    because="connections must have been refused in three of the last five minutes",
     confirm=(
         Shows('nsenter -t "$pid" -n nstat -asz TcpExtListenOverflows', r"TcpExtListenOverflows +(\d+)", rises=True),
         # More wait than the limit, and the listener's own drop counter is not 0.

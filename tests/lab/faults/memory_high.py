@@ -64,6 +64,8 @@ FAULT = Fault(
     signal="memory_workloads",
     story=throttled,
     decoys=(Decoy(harmless_high),),
+    evidence=180,
+    because="the stall must be three tenths of five minutes, which are looked at once a minute",
     confirm=(
         Shows("cg=/sys/fs/cgroup$(cut -d: -f3 /proc/<pid>/cgroup)", ""),
         Shows('cat "$cg"/memory.current "$cg"/memory.high', r"^\d{8,}\n31457280$"),

@@ -120,6 +120,8 @@ FAULT = Fault(
     story=wrong_mac,
     decoys=(Decoy(clean_failover), Decoy(quiet_segment)),
     one_moment=True,
+    evidence=180,
+    because="the neighbour is asked once a minute, must be wrong twice, and the counter is looked at once a minute",
     confirm=(
         Shows("ip neigh show <address>", r"^\S+ dev seg1 lladdr \S+ PERMANENT"),
         Shows("arping -c 3 -w 4 -I <device> <address>", r"reply from|bytes from"),

@@ -89,6 +89,8 @@ FAULT = Fault(
     signal="memory_workloads",
     story=killed_at_half,
     decoys=(Decoy(clean_page_cache),),
+    evidence=60,
+    because="the counter is looked at once a minute",
     confirm=(
         Shows("grep oom_kill /proc/vmstat", r"^oom_kill [1-9]"),
         # The limit that was hit is the pod's, the process that was killed is the container's.

@@ -217,6 +217,11 @@ FAULT = Fault(
     signal="redis_aof_servers",
     story=slow_disk,
     decoys=(Decoy(fast_disk), Decoy(slow_command)),
+    evidence=240,
+    because=(
+        "the latency monitor must have had another spike, and PINGs been slow, in three of the last five "
+        "minutes, and its first spike is the first that is known"
+    ),
     confirm=(
         Shows("redis-cli -p 6379 --latency-history -i 5", r"max: \d{2,}|^\d+ \d{2,} ", after=7),
         Shows("redis-cli -p 6379 config get appendfsync", r"always"),

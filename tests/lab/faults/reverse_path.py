@@ -88,6 +88,8 @@ FAULT = Fault(
     signal="reverse_path_drops",
     story=strict,
     decoys=(Decoy(loose), Decoy(firewall)),
+    evidence=180,
+    because="packets must have been dropped in three of the last five minutes",
     confirm=(
         Shows(
             "nstat -asz TcpExtIPReversePathFilter; sleep 10; nstat -asz TcpExtIPReversePathFilter",

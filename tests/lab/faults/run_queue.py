@@ -92,6 +92,8 @@ FAULT = Fault(
     signal="delays_throttling",
     story=starved,
     decoys=(Decoy(own_quota, right=("ShoalCPUThrottling",)), Decoy(batch_at_nice_19)),
+    evidence=300,
+    because="of five minutes, in which it ran before, it must have waited four fifths",
     confirm=(
         Shows(
             """grep -E 'usage|throttled' "$cg"/cpu.stat; cat $(sed 's,.*,/proc/&/schedstat,' "$cg"/cgroup.procs)""",
