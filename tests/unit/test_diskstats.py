@@ -29,7 +29,9 @@ ROW = b" 254       0 vda 112936 14511 7035410 52604 22503 71056 8030944 23281 0 
 )
 def test_rows_of_each_width(rest: bytes, flushes: int | None, seconds: float | None) -> None:
     """Flushes came last: a row that ends before them has none, which is not 0; what comes after them is passed over."""
-    assert parse_diskstats(ROW + rest + b"\n") == {"vda": Disk(os.makedev(254, 0), flushes, seconds)}
+    assert parse_diskstats(ROW + rest + b"\n") == {
+        "vda": Disk(os.makedev(254, 0), 22503, 23.281, flushes, seconds),
+    }
 
 
 @pytest.mark.parametrize("kernel", ["5.10", "6.1", "6.12"])

@@ -36,6 +36,7 @@ ALERTS: dict[str, Alert] = {
             "server:shoal_redis_ping_slow_per_ping:ratio5m": 0.01,
             "server:shoal_pressure_some_seconds:rate5m": 0.02,
             "node:shoal_disk_flush_seconds_per_flush:ratio5m": 0.05,
+            "server:shoal_redis_disk_seconds_per_write:ratio5m": 0.05,
         },
     ),
     "ShoalRedisAofWriteFailed": Alert(_CRITICAL, {"server:shoal_redis_aof_last_write_ok:last": 0}),

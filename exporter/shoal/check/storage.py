@@ -67,6 +67,18 @@ def _disk_evidence(pair: Pair, server: Labels, slow: float) -> str:
         most = max(most, often)
         if busy > slow / 2 and busy > threshold(alert, "node:shoal_disk_flush_seconds_per_flush:ratio5m") * often:
             return f"its disk {device} was flushing for {percent(busy)} of the time, {busy / often * 1000:.0f} ms each"
+    policy = [
+        labels["appendfsync"]
+        for labels in pair.last("shoal_redis_config_info")
+        if labels.without("appendfsync", "no_appendfsync_on_rewrite") == server
+    ]
+    writing = pair.rate("shoal_redis_disk_write_seconds_total").get(server, 0)
+    writes = pair.rate("shoal_redis_disk_writes_total").get(server, 0)
+    # Of a server that answers nobody before its own are done.
+    if policy == ["always"] and writing > max(
+        slow / 2, threshold(alert, "server:shoal_redis_disk_seconds_per_write:ratio5m") * writes
+    ):
+        return f"writes to its disk took {writing / writes * 1000:.0f} ms each, and appendfsync is always"
     waiting = pair.rate("shoal_pressure_some_seconds_total", resource="io").get(
         Labels(server.only(*OWNER).as_dict() | {"resource": "io"}), 0
     )

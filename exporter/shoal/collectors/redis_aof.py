@@ -206,6 +206,22 @@ DISK_INFO = Metric(
     "/proc/<pid>/mountinfo, /sys/dev/block",
     (*_LABELS, "device"),
 )
+DISK_WRITES = Metric(
+    "shoal_redis_disk_writes_total",
+    "counter",
+    "Writes completed by the block device that the server's data directory is on: a partition's or mapped device's own "
+    "(diskstats field 5).",
+    "/proc/diskstats",
+    _LABELS,
+)
+DISK_WRITE_SECONDS = Metric(
+    "shoal_redis_disk_write_seconds_total",
+    "counter",
+    "Time that these writes took, each from its submission (diskstats field 8). What a server with appendfsync always "
+    "waits for, beside flushes; of the wait for a file system's journal the pressure of a cgroup knows nothing.",
+    "/proc/diskstats",
+    _LABELS,
+)
 FLUSHES = Metric(
     "shoal_disk_flushes_total",
     "counter",
@@ -266,6 +282,8 @@ class _Watch:
     pid: int | None = None
     owner: Owner = field(default_factory=Owner)
     disks: list[str] = field(default_factory=list)
+    volume: int | None = None
+    """The block device (a st_dev) of the file system that its data is on, which may stand on several disks."""
 
 
 @register
@@ -297,6 +315,8 @@ class RedisAofCollector(Collector):
         EVENTS,
         SKIPPED,
         DISK_INFO,
+        DISK_WRITES,
+        DISK_WRITE_SECONDS,
         FLUSHES,
         FLUSH_SECONDS,
     )
@@ -390,6 +410,7 @@ class RedisAofCollector(Collector):
         families = {metric: metric.family() for metric in self.metrics}
         problems: dict[str, list[Exception]] = {"redis_aof_config": [], "redis_aof_latency": [], "redis_aof_disk": []}
         labelled: set[tuple[str, ...]] = set()
+        volumes: dict[tuple[str, ...], int] = {}
         for watch, outcome in self._outcomes:
             reading = None if isinstance(outcome, Down) else outcome
             problems["redis_aof_disk"] += _identify(watch, reading, node)
@@ -402,6 +423,8 @@ class RedisAofCollector(Collector):
             families[UP].add((*labels, outcome.reason.value if isinstance(outcome, Down) else ""), int(bool(reading)))
             for device in watch.disks:
                 families[DISK_INFO].add((*labels, device), 1)
+            if watch.volume is not None:
+                volumes[labels] = watch.volume
             if reading:
                 problems["redis_aof_config"] += _problems(reading.config)
                 problems["redis_aof_latency"] += _problems(reading.latency)
@@ -410,7 +433,7 @@ class RedisAofCollector(Collector):
         if self.settings.redis_discover:
             families[SKIPPED].add((), self._skipped + len(self._outcomes) - len(labelled))
         try:
-            _flushes(node, families)
+            _disk_use(node, families, volumes)
         except (Unavailable, ParseError) as error:
             problems["redis_aof_disk"].append(error)
         if self._outcomes and not any(watch.pid for watch, _ in self._outcomes):
@@ -469,7 +492,8 @@ def _identify(watch: _Watch, reading: Reading | None, node: Node) -> list[Except
         watch.owner = node.owner_of_process(watch.pid)
     try:
         if reading:
-            watch.disks = _disks(node, watch.pid, reading)
+            watch.volume = _volume(node, watch.pid, reading)
+            watch.disks = disks_below(node.roots.sys, watch.volume)
     except Vanished:
         return []
     except (Unavailable, ParseError) as error:
@@ -485,7 +509,7 @@ def _is_server(proc: str, pid: int) -> bool:
         return False
 
 
-def _disks(node: Node, pid: int, reading: Reading) -> list[str]:
+def _volume(node: Node, pid: int, reading: Reading) -> int:
     directory = "" if isinstance(reading.config, Unavailable) else reading.config.get("dir", "")
     if not directory:
         # The server changes into its data directory; the link tells it to those who may trace the process.
@@ -497,7 +521,7 @@ def _disks(node: Node, pid: int, reading: Reading) -> list[str]:
     mount = _mount_of(node.roots.proc, pid, directory)
     if not os.major(mount.device):
         raise Unavailable(Reason.NOT_READABLE, f"{directory} is on no block device ({mount.fstype})")
-    return disks_below(node.roots.sys, mount.device)
+    return mount.device
 
 
 def _mount_of(proc: str, pid: int, directory: str) -> Mount:
@@ -516,18 +540,23 @@ def _mount_of(proc: str, pid: int, directory: str) -> Mount:
     return _mount_of(proc, 1, upper) if upper and pid != 1 else mount
 
 
-def _flushes(node: Node, families: dict[Metric, Family]) -> None:
-    """Add what flushing has cost the disks of the servers. Raises `Unavailable` or `ParseError`."""
+def _disk_use(node: Node, families: dict[Metric, Family], volumes: dict[tuple[str, ...], int]) -> None:
+    """Add what writing and flushing has cost the disks of the servers. Raises `Unavailable` or `ParseError`."""
     wanted = {labels[-1] for labels, _ in families[DISK_INFO].samples}
     if not wanted:
         return
     disks = read_diskstats(node.roots.proc)
-    for device in sorted(wanted & disks.keys()):
-        flushes, seconds = disks[device].flushes, disks[device].flush_seconds
+    by_device = {disk.device: disk for disk in disks.values()}
+    for labels, device in volumes.items():
+        if volume := by_device.get(device):
+            families[DISK_WRITES].add(labels, volume.writes)
+            families[DISK_WRITE_SECONDS].add(labels, volume.write_seconds)
+    for name in sorted(wanted & disks.keys()):
+        flushes, seconds = disks[name].flushes, disks[name].flush_seconds
         if flushes is None or seconds is None:
             raise Unavailable(Reason.NOT_IN_KERNEL, "this kernel's diskstats has no flushes (5.5)")
-        families[FLUSHES].add((device,), flushes)
-        families[FLUSH_SECONDS].add((device,), seconds)
+        families[FLUSHES].add((name,), flushes)
+        families[FLUSH_SECONDS].add((name,), seconds)
 
 
 def _problems(part: object) -> list[Exception]:

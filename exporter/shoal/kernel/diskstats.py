@@ -1,4 +1,4 @@
-"""Block devices: how often and for how long each disk flushed its cache, and which disks a device stands on."""
+"""Block devices: how often and for how long each wrote and flushed its cache, and which disks a device stands on."""
 
 from __future__ import annotations
 
@@ -11,21 +11,30 @@ __all__ = ["Disk", "disks_below", "parse_diskstats", "read_diskstats"]
 
 _SHORTEST = 14
 _WITH_FLUSHES = 20
+# Of the counts, which begin behind the name.
+_WRITES = 4
+_WRITE_MILLISECONDS = 7
 _MILLI = 1000
 _DEEPEST = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Disk:
-    """One row of /proc/diskstats: the device, as a st_dev, and what flushing it has cost.
+    """One row of /proc/diskstats: the device, as a st_dev, and what writing to it and flushing it has cost.
+
+    `writes` counts the writes that the device completed, `write_seconds` the time from each one's submission to its
+    completion: more than a second a second where several are on their way. Of a partition and a mapped device they are
+    its own, so that a mapping that is slow itself shows here and not at the disk below it.
 
     `flushes` counts the cache flushes that the disk completed, `flush_seconds` the time that they took. Both are
     None before 5.5, whose rows end earlier (14 columns, 18 since 4.18). The kernel merges flushes that wait for
     each other, and counts them where the queue of requests is: at the disk, never at a partition or a mapped device.
-    Source: Documentation/admin-guide/iostats.rst, fields 16 and 17.
+    Source: Documentation/admin-guide/iostats.rst, fields 5, 8, 16 and 17.
     """
 
     device: int
+    writes: int
+    write_seconds: float
     flushes: int | None
     flush_seconds: float | None
 
@@ -45,7 +54,9 @@ def parse_diskstats(data: bytes, file: str = "diskstats") -> dict[str, Disk]:
         flushes = flush_seconds = None
         if len(fields) >= _WITH_FLUSHES:
             flushes, flush_seconds = counts[-2], counts[-1] / _MILLI
-        disks[os.fsdecode(fields[2])] = Disk(device, flushes, flush_seconds)
+        disks[os.fsdecode(fields[2])] = Disk(
+            device, counts[_WRITES], counts[_WRITE_MILLISECONDS] / _MILLI, flushes, flush_seconds
+        )
     return disks
 
 

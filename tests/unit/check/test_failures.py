@@ -48,6 +48,19 @@ CASES: list[tuple[str, str, float, float]] = [
         99,
     ),
     (
+        "ShoalRedisAofStall",
+        (
+            f'shoal_redis_aof_enabled{{server="r",{WEB}}} 1 1\n'
+            f'shoal_redis_ping_duration_seconds_count{{server="r",{WEB}}} 0 100\n'
+            f'shoal_redis_ping_duration_seconds_bucket{{server="r",le="0.05",{WEB}}} 0 50\n'
+            f'shoal_redis_config_info{{server="r",appendfsync="always",no_appendfsync_on_rewrite="no",{WEB}}} 1 1\n'
+            f'shoal_redis_disk_writes_total{{server="r",{WEB}}} 0 40\n'
+            f'shoal_redis_disk_write_seconds_total{{server="r",{WEB}}} 0 {{}}'
+        ),
+        2.6,
+        2.5,
+    ),
+    (
         "ShoalRedisRewriteMemoryRisk",
         (
             f'shoal_redis_used_memory_rss_bytes{{server="r",{WEB}}} 90 {{}}\n'
@@ -294,6 +307,18 @@ DECOYS: dict[str, str] = {
     'shoal_redis_ping_duration_seconds_count{server="r"} 0 100\n'
     'shoal_redis_ping_duration_seconds_bucket{server="r",le="0.05"} 0 50\n'
     'shoal_redis_aof_delayed_fsync_total{server="r"} 4 4',
+    "a slow command, and slow writes that nobody waits for": 'shoal_redis_aof_enabled{server="r"} 1 1\n'
+    'shoal_redis_ping_duration_seconds_count{server="r"} 0 100\n'
+    'shoal_redis_ping_duration_seconds_bucket{server="r",le="0.05"} 0 50\n'
+    'shoal_redis_config_info{server="r",appendfsync="everysec"} 1 1\n'
+    'shoal_redis_disk_writes_total{server="r"} 0 40\n'
+    'shoal_redis_disk_write_seconds_total{server="r"} 0 9',
+    "a slow command, and many quick writes": 'shoal_redis_aof_enabled{server="r"} 1 1\n'
+    'shoal_redis_ping_duration_seconds_count{server="r"} 0 100\n'
+    'shoal_redis_ping_duration_seconds_bucket{server="r",le="0.05"} 0 50\n'
+    'shoal_redis_config_info{server="r",appendfsync="always"} 1 1\n'
+    'shoal_redis_disk_writes_total{server="r"} 0 400\n'
+    'shoal_redis_disk_write_seconds_total{server="r"} 0 9',
     "Redis loads its data": 'shoal_redis_up{server="r",reason="loading"} 0 0',
     "drops without an overflow": 'shoal_listen_queue_overflows_total{netns="host"} 0 0\n'
     'shoal_listen_queue_drops_total{netns="host"} 0 500',

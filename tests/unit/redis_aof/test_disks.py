@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from shoal.collectors.redis_aof import _disks, _mount_of
+from shoal.collectors.redis_aof import _mount_of, _volume
 from shoal.inventory import Node
 from shoal.kernel.files import Reason, Roots, Unavailable, Vanished
 from shoal.redis.server import Reading
@@ -58,7 +58,7 @@ def test_no_block_device(tmp_path: Path) -> None:
     mounted(tmp_path / "proc", 7, OVERLAY, NFS)
     node = Node(Roots(f"{tmp_path}/proc", f"{tmp_path}/sys", str(tmp_path)))
     with pytest.raises(Unavailable, match="nfs4") as caught:
-        _disks(node, 7, Reading({}, {"dir": "/mnt/redis"}, {}, 7))
+        _volume(node, 7, Reading({}, {"dir": "/mnt/redis"}, {}, 7))
     assert caught.value.reason is Reason.NOT_READABLE
 
 
@@ -66,17 +66,12 @@ def test_without_config(tmp_path: Path) -> None:
     """Where CONFIG is refused, the process's own directory tells; where that is refused too, the reason is that."""
     mounted(tmp_path / "proc", 7, ROOT, SLOW)
     (tmp_path / "proc/7/cwd").symlink_to("/var/lib/redis")
-    for number, name in (("8:17", "sdb/sdb1"), ("254:1", "vda/vda1")):
-        (tmp_path / "sys/devices" / name).mkdir(parents=True)
-        (tmp_path / "sys/devices" / name / "partition").write_text("1\n")
-        (tmp_path / "sys/dev/block").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "sys/dev/block" / number).symlink_to(f"../../devices/{name}")
     node = Node(Roots(f"{tmp_path}/proc", f"{tmp_path}/sys", str(tmp_path)))
     refused = Unavailable(Reason.NO_PERMISSION, "CONFIG is refused")
-    assert _disks(node, 7, Reading({}, refused, refused, 7)) == ["sdb"]
-    assert _disks(node, 7, Reading({}, {"dir": "/srv"}, refused, 7)) == ["vda"]
+    assert _volume(node, 7, Reading({}, refused, refused, 7)) == os.makedev(8, 17)
+    assert _volume(node, 7, Reading({}, {"dir": "/srv"}, refused, 7)) == os.makedev(254, 1)
     (tmp_path / "proc/7/cwd").unlink()
     with pytest.raises(Unavailable):
-        _disks(node, 7, Reading({}, refused, refused, 7))
+        _volume(node, 7, Reading({}, refused, refused, 7))
     with pytest.raises(Vanished):
-        _disks(node, 8, Reading({}, {"dir": "/srv"}, refused, 8))
+        _volume(node, 8, Reading({}, {"dir": "/srv"}, refused, 8))

@@ -140,7 +140,7 @@ async def test_password(start_redis: StartRedis, watch: Watch, tmp_path: Path, m
 
 
 async def test_user_who_may_only_look(start_redis: StartRedis, watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With PING and INFO alone CONFIG and LATENCY are absent with a reason, asked for at one scrape of three, no more."""
+    """With PING and INFO alone CONFIG and LATENCY are absent with a reason, asked for at one scrape of three."""
     server = await asyncio.to_thread(start_redis, config="user shoal on >secret1 +ping +info\n")
     monkeypatch.setenv("SHOAL_REDIS_PASSWORD", "secret1")
     watching = await watch(f"redis://shoal@{address(server)}")
@@ -373,7 +373,7 @@ async def test_flushes_of_over_two_seconds(
 
 
 async def test_disk_of_the_data(start_redis: StartRedis, watch: Watch, tmp_path: Path) -> None:
-    """The disk that the append-only file is on has its flushes beside it, and they are the kernel's."""
+    """The disk that the append-only file is on has its writes and flushes beside it, and they are the kernel's."""
     server = await asyncio.to_thread(start_redis, "--appendfsync", "always")
     watching = await watch(f"redis://{address(server)}")
     found = await watching.scrape()
@@ -385,10 +385,16 @@ async def test_disk_of_the_data(start_redis: StartRedis, watch: Watch, tmp_path:
     (device,) = devices
     before = found["shoal_disk_flushes_total"][device,]
     await asyncio.to_thread(server.ask, "-r", "50", "SET", "key", "value")
-    after = (await watching.scrape())["shoal_disk_flushes_total"][device,]
-    rows = await asyncio.to_thread(Path("/proc/diskstats").read_text)
-    now = next(int(row.split()[18]) for row in rows.splitlines() if row.split()[2] == device)
-    assert before + 50 <= after <= now
+    later = await watching.scrape()
+    rows = [row.split() for row in (await asyncio.to_thread(Path("/proc/diskstats").read_text)).splitlines()]
+    now = next(int(row[18]) for row in rows if row[2] == device)
+    assert before + 50 <= later["shoal_disk_flushes_total"][device,] <= now
+    number = (await asyncio.to_thread(tmp_path.stat)).st_dev
+    volume = next(row for row in rows if (int(row[0]), int(row[1])) == (os.major(number), os.minor(number)))
+    labels = (address(server), *UNOWNED)
+    writes, seconds = (f"shoal_redis_disk_{name}_total" for name in ("writes", "write_seconds"))
+    assert found[writes][labels] + 50 <= later[writes][labels] <= int(volume[7])
+    assert found[seconds][labels] < later[seconds][labels] <= int(volume[10]) / 1000
 
 
 @pytest.mark.root
