@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 from tests.lab import __main__ as program
-from tests.lab.fault import Shows
+from tests.lab import inside
+from tests.lab.fault import Culprit, Shows
 from tests.lab.faults import load
 from tests.lab.inside import _shipped_for, _shown, _waits, confirm_section
 from tests.lab.node import cgroup_mount
 from tests.lab.report import FAULTS, KERNEL, Outcome, Report
-from tests.lab.stack import REPOSITORY, Page, _alertmanager_configuration, _prometheus_configuration
+from tests.lab.stack import REPOSITORY, Page, Stack, _alertmanager_configuration, _prometheus_configuration
 
 from shoal.collectors import available_names
 from shoal.collectors import load as load_collector
@@ -31,7 +32,7 @@ from shoal.collectors import load as load_collector
 if TYPE_CHECKING:
     from argparse import Namespace
 
-    from tests.lab.fault import Fault
+    from tests.lab.fault import Fault, Story
 
 RULES = REPOSITORY / "rules"
 
@@ -214,6 +215,27 @@ def test_the_shipped_wait_is_known_of_every_alert() -> None:
     """Whole minutes, so that the report can say what a page takes in the field."""
     assert {_shipped_for(name) > 0 for name in alerts()} == {True}
     assert _shipped_for("ShoalListenQueueOverflow") == 120
+
+
+def test_of_what_did_not_page_all_that_is_known_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every series of the culprit: of its pod, since not all that an alert rests on has the container."""
+    asked: list[str] = []
+
+    class Known(Stack):
+        def query(self, expression: str) -> list[dict[str, Any]]:
+            asked.append(expression)
+            return [{"metric": {"__name__": "up"}, "value": [0, "1"]}]
+
+    monkeypatch.setattr(inside, "WORKPLACE", tmp_path)
+
+    def story() -> Story:
+        yield None
+
+    fault = load()[0]
+    case = inside._Case(fault, outcome(1), story(), Culprit({"pod": "api", "container": "app"}))
+    inside._keep_evidence(case, Known(tmp_path, {}))
+    assert asked == ['{pod="api"}']
+    assert (tmp_path / f"{fault.alert}.log").read_text() == "{'__name__': 'up'} 1\n"
 
 
 def lab(*arguments: str, user: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
