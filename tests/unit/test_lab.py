@@ -242,6 +242,21 @@ def test_of_what_did_not_page_all_that_is_known_is_kept(tmp_path: Path, monkeypa
     assert (tmp_path / f"{fault.alert}.log").read_text() == "{'__name__': 'up'} 1\n"
 
 
+@pytest.mark.parametrize(("in_vm", "sizes"), [(False, [14]), (True, [9, 5])])
+def test_what_loads_an_emulated_machine_comes_after_the_rest(
+    sizes: list[int], monkeypatch: pytest.MonkeyPatch, *, in_vm: bool
+) -> None:
+    """Each failure is in one wave, and those for which the controllers' limits are reached are in the last."""
+    monkeypatch.setattr(inside, "IN_VM", in_vm)
+    of_all = inside.Lab(load(), inside.Pace(5, 1, 0))
+    of_all.cases = [inside._Case(fault, outcome(fault.number), untold(), Culprit({})) for fault in load()]
+    waves = of_all._waves()
+    assert [len(wave) for wave in waves] == sizes
+    assert sorted(case.fault.number for wave in waves for case in wave) == list(range(1, FAULTS + 1))
+    of_all.cases = of_all.cases[4:8]
+    assert len(of_all._waves()) == 1
+
+
 @pytest.mark.parametrize("failing", [2, 9])
 def test_an_exporter_that_answers_late_is_asked_again(
     failing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
