@@ -195,8 +195,8 @@ class Lab:
         if not IN_VM:
             return [list(self.cases)]
         # What wants the controllers of memory, CPU and I/O has them at their limit.
-        load = [case for case in self.cases if case.fault.needs]
-        return [wave for wave in ([case for case in self.cases if case not in load], load) if wave]
+        last = [case for case in self.cases if case.fault.needs]
+        return [wave for wave in ([case for case in self.cases if not case.fault.needs], last) if wave]
 
     def cause(self, wave: Sequence[_Case]) -> list[_Case]:
         """Set these failures and their decoys going, and return those that do."""
