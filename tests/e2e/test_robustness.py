@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -82,25 +83,31 @@ def test_a_tenth_of_a_cpu(tmp_path: Path) -> None:
 
 
 def test_sixty_four_descriptors(tmp_path: Path) -> None:
-    """Clients that take them all make signals absent, with the reason, and nothing else; afterwards all is back."""
+    """Clients cannot take them all; where none is left signals are absent, with the reason; afterwards all is back."""
     with exporter(before=("prlimit", "--nofile=64:64"), log=tmp_path / "log") as running:
         before = running.scrape()
         assert not before.failed
         owners = {labels for name, labels in before.values if name == DROPS}
         assert owners
+        pid = running.process.pid
+        with ExitStack() as stack:
+            for _ in range(80):
+                one = stack.enter_context(socket.socket())
+                one.setblocking(False)  # noqa: FBT003  (the socket's own signature)
+                with suppress(BlockingIOError):
+                    one.connect(("127.0.0.1", running.port))
+            time.sleep(1.5)
+            assert len(os.listdir(f"/proc/{pid}/fd")) < 40, "clients took what the collectors need"
+            crowded = running.scrape()
+            assert not crowded.failed
+            assert crowded.signals == before.signals
         asking = socket.create_connection(("127.0.0.1", running.port))
         asking.settimeout(30)
         asking.sendall(b"GET /-/healthy HTTP/1.1\r\nHost: x\r\n\r\n")
         asking.recv(1000)
-        idle = []
-        for _ in range(80):
-            one = socket.socket()
-            one.setblocking(False)  # noqa: FBT003  (the socket's own signature)
-            with suppress(BlockingIOError):
-                one.connect(("127.0.0.1", running.port))
-            idle.append(one)
         time.sleep(1.5)
-        assert len(os.listdir(f"/proc/{running.process.pid}/fd")) >= 63, "there are descriptors left"
+        taken = set(map(int, os.listdir(f"/proc/{pid}/fd")))
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (min(set(range(64)) - taken), 64))
         asking.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         answer = b""
         while piece := asking.recv(65536):
@@ -110,10 +117,8 @@ def test_sixty_four_descriptors(tmp_path: Path) -> None:
             assert (spent.signals[signal] == "") == bool(spent.named(name)), signal
         assert "" not in {spent.signals[signal] for signal in SIGNALS}
         assert {labels for name, labels in spent.values if name == DROPS} <= owners, "it was given to another"
-        for one in idle:
-            one.close()
         asking.close()
-        time.sleep(1.5)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (64, 64))
         after = running.scrape()
         assert not after.failed
         assert after.signals == before.signals

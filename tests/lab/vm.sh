@@ -38,7 +38,7 @@ mkdir -p .lab "$work/out"
 tail -f "$work/out/said" &
 tail=$!
 status=0
-SHOAL_VM_TIMEOUT=${SHOAL_VM_TIMEOUT:-2400} tests/vm.sh -w "$work/out" -d "$work/image" -m 3G "$version" -- \
+SHOAL_VM_TIMEOUT=${SHOAL_VM_TIMEOUT:-3600} tests/vm.sh -w "$work/out" -d "$work/image" -m 3G "$version" -- \
     busybox sh "$PWD/tests/lab/vm_init.sh" "$PWD" "$work/out" "$@" >"$work/vm" 2>&1 || status=$?
 sleep 1
 kill $tail

@@ -26,6 +26,8 @@ from tests.lab.node import cgroup_mount
 from tests.lab.report import FAULTS, KERNEL, Outcome, Report
 from tests.lab.stack import REPOSITORY, Page, Stack, _alertmanager_configuration, _prometheus_configuration
 
+from shoal.check.snapshot import Snapshot
+from shoal.check.sources import Remote, SourceError
 from shoal.collectors import available_names
 from shoal.collectors import load as load_collector
 
@@ -219,6 +221,11 @@ def test_the_shipped_wait_is_known_of_every_alert() -> None:
     assert _shipped_for("ShoalListenQueueOverflow") == 120
 
 
+def untold() -> Story:
+    """Return a story of nothing."""
+    yield None
+
+
 def test_of_what_did_not_page_all_that_is_known_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every series of the culprit: of its pod, since not all that an alert rests on has the container."""
     asked: list[str] = []
@@ -230,14 +237,47 @@ def test_of_what_did_not_page_all_that_is_known_is_kept(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(inside, "WORKPLACE", tmp_path)
 
-    def story() -> Story:
-        yield None
-
     fault = load()[0]
-    case = inside._Case(fault, outcome(1), story(), Culprit({"pod": "api", "container": "app"}))
+    case = inside._Case(fault, outcome(1), untold(), Culprit({"pod": "api", "container": "app"}))
     inside._keep_evidence(case, Known(tmp_path, {}))
     assert asked == ['{pod="api"}']
     assert (tmp_path / f"{fault.alert}.log").read_text() == "{'__name__': 'up'} 1\n"
+
+
+@pytest.mark.parametrize(("in_vm", "sizes"), [(False, [14]), (True, [9, 5])])
+def test_what_loads_an_emulated_machine_comes_after_the_rest(
+    sizes: list[int], monkeypatch: pytest.MonkeyPatch, *, in_vm: bool
+) -> None:
+    """Each failure is in one wave, and those for which the controllers' limits are reached are in the last."""
+    monkeypatch.setattr(inside, "IN_VM", in_vm)
+    of_all = inside.Lab(load(), inside.Pace(5, 1, 0))
+    of_all.cases = [inside._Case(fault, outcome(fault.number), untold(), Culprit({})) for fault in load()]
+    waves = of_all._waves()
+    assert [len(wave) for wave in waves] == sizes
+    assert sorted(case.fault.number for wave in waves for case in wave) == list(range(1, FAULTS + 1))
+    of_all.cases = of_all.cases[4:8]
+    assert len(of_all._waves()) == 1
+
+
+@pytest.mark.parametrize("failing", [2, 9])
+def test_an_exporter_that_answers_late_is_asked_again(
+    failing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one that never answers costs the failure its check, with the reason, and not the run."""
+    answers = iter([SourceError("timed out")] * failing + [Snapshot(0.0), Snapshot(5.0)])
+
+    def scrape(_remote: Remote) -> Snapshot:
+        if isinstance(answer := next(answers), SourceError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(Remote, "scrape", scrape)
+    monkeypatch.setattr(inside, "_CHECK_OVER", 0)
+    fault, became = load()[1], outcome(2)
+    case = inside._Case(fault, became, untold(), Culprit({"pod": "p"}))
+    inside.Lab([fault], inside.Pace(5, 1, 0))._check(case, Stack(tmp_path, {"node": "n"}), None)
+    (problem,) = became.problems
+    assert problem.startswith("check cannot ask: timed out" if failing > 3 else "check does not say that it hits")
 
 
 def lab(*arguments: str, user: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
