@@ -41,7 +41,8 @@ Story = Generator["Culprit | None", None, None]
 class Shows:
     """A command of the runbook's Confirm section, word for word, and what its output must show.
 
-    With `rises` the command is run twice, three seconds apart, and the number that `pattern` captures must have grown.
+    With `rises` the command is run twice, three seconds apart, and the sum of the numbers that `pattern` captures must
+    have grown.
     A command that goes on for ever is stopped `after` so many seconds.
     """
 

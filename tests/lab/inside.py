@@ -431,11 +431,11 @@ def _shown(script: str, shows: Shows) -> str:
         command = ["timeout", str(shows.after), "bash", "-c", script]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         outputs.append(done.stdout + done.stderr)
-    found = [re.search(shows.pattern, output, re.MULTILINE | re.DOTALL) for output in outputs]
+    found = [list(re.finditer(shows.pattern, output, re.MULTILINE | re.DOTALL)) for output in outputs]
     if not all(found):
         return outputs[-1][-500:]
     if shows.rises:
-        before, after = (int(match[1]) for match in found if match)
+        before, after = (sum(int(match[1]) for match in matches) for matches in found)
         return "" if after > before else f"{before}, then {after}"
     return ""
 

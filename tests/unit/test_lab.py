@@ -74,6 +74,7 @@ def test_a_failure_fits_rules_runbook_and_exporter(fault: Fault) -> None:
         ("echo one; echo two", "one.*two", False, True),
         ("date +%s", r"(\d+)", True, True),
         ("echo 7", r"(\d+)", True, False),
+        ("echo drop=7; date +drop=%s", r"drop=(\d+)", True, True),
         ("echo first; sleep 60", "first", False, True),
     ],
 )

@@ -116,7 +116,8 @@ FAULT = Fault(
     evidence=180,
     because="packets must have been dropped in three of the last five minutes",
     confirm=(
-        Shows("conntrack -S", r" drop=([1-9]\d*) (?!.* drop=[1-9])", rises=True),
+        # Of all CPUs: which of them drops changes with where the senders run.
+        Shows("conntrack -S", r" drop=(\d+) ", rises=True),
         Shows("dmesg | grep 'table full' | tail -n 1", r"nf_conntrack: table full"),
     ),
 )
