@@ -249,11 +249,18 @@ def _memory_high(unseen: str) -> Panels:
         ),
         _who(
             Column(
-                "throttled, 5 min",
-                _of("workload:shoal_memory_high_events:increase5m"),
-                levels=levels("workload:shoal_memory_high_events:increase5m", "ShoalMemoryHighThrottling"),
-                decimals=0,
+                "any task waited",
+                _of("workload:shoal_memory_pressure_some_seconds:rate5m")
+                + "\nand\n"
+                + _of("workload:shoal_memory_high_events:increase5m"),
+                "percentunit",
+                levels=levels(
+                    "workload:shoal_memory_pressure_some_seconds:rate5m",
+                    "ShoalMemoryHighStalling",
+                    "ShoalMemoryHighThrottling",
+                ),
             ),
+            Column("throttled, 5 min", _of("workload:shoal_memory_high_events:increase5m"), decimals=0),
             Column(
                 "all tasks waited",
                 _of("workload:shoal_memory_pressure_full_seconds:rate5m")
@@ -263,9 +270,9 @@ def _memory_high(unseen: str) -> Panels:
             ),
             Column("memory.high", own("shoal_memory_high_bytes", HERE), "bytes"),
             title="Who is throttled at memory.high",
-            description="Times that the kernel throttled the workload at memory.high, and the setting. Events without"
-            " waiting are harmless: a workload that only fills page cache. Normal: none.",
-            sort="throttled, 5 min",
+            description="How long the workload waited for memory, how often the kernel throttled it at memory.high, and"
+            " the setting. Events without waiting are harmless: a workload that only fills page cache. Normal: none.",
+            sort="any task waited",
             unseen=unseen,
         ),
     ]
