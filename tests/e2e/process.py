@@ -119,7 +119,8 @@ def exporter(
     with open(log or os.devnull, "ab") as out, subprocess.Popen(command, stderr=out, env=environment) as process:
         running = Running(process, port)
         try:
-            until = time.monotonic() + _PATIENCE
+            # With a quota of CPU it takes long to read its own modules.
+            until = time.monotonic() + 3 * _PATIENCE
             while True:
                 assert process.poll() is None, f"it ended: {log.read_text() if log else ''}"
                 assert time.monotonic() < until, "it does not answer"

@@ -71,10 +71,10 @@ def test_the_memory_that_the_chart_gives(tmp_path: Path) -> None:
         assert running.process.poll() is None
 
 
-def test_a_tenth_of_a_cpu(tmp_path: Path) -> None:
+def test_a_fifth_of_a_cpu(tmp_path: Path) -> None:
     """A quota makes it slow; no collector fails for it within Prometheus' usual ten seconds."""
-    v1 = {"cpu.cfs_period_us": "100000", "cpu.cfs_quota_us": "10000"}
-    with limited("cpu", v1, {"cpu.max": "10000 100000"}) as before, ExitStack() as stack:
+    v1 = {"cpu.cfs_period_us": "100000", "cpu.cfs_quota_us": "20000"}
+    with limited("cpu", v1, {"cpu.max": "20000 100000"}) as before, ExitStack() as stack:
         running = stack.enter_context(exporter(before=before, log=tmp_path / "log"))
         for _ in range(3):
             scrape = running.scrape(timeout=10)

@@ -93,8 +93,9 @@ for case in {out}/case-*; do
     mkdir -p /run/systemd/system/shoal-exporter.service.d
     cp $case/more.conf /run/systemd/system/shoal-exporter.service.d/
     systemctl daemon-reload
-    systemctl start shoal-exporter
-    for attempt in $(seq 100); do curl -s http://127.0.0.1:7462/-/ready && break; sleep 0.1; done
+    # Right after boot the manager may not answer yet.
+    for attempt in $(seq 10); do systemctl start shoal-exporter && break; sleep 1; done
+    for attempt in $(seq 300); do curl -s http://127.0.0.1:7462/-/ready && break; sleep 0.1; done
     curl -s http://127.0.0.1:7462/metrics >$case/metrics
     cat /proc/$(systemctl show -p MainPID --value shoal-exporter)/status >$case/status
     systemctl stop shoal-exporter
@@ -183,6 +184,7 @@ def test_a_real_systemd_runs_it(tmp_path: Path) -> None:
             journal
         )
         status = dict(line.split(":\t", 1) for line in (case / "status").read_text().splitlines() if ":\t" in line)
+        assert "CapEff" in status, (out / "out").read_text()
         assert {status[f"Cap{kind}"] for kind in ("Eff", "Bnd")} == {f"{capabilities:016x}"}
         assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
         assert ("0" in status["Uid"].split()) is is_root
