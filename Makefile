@@ -18,7 +18,7 @@ KERNEL ?= 6.1
 STOCK := oom_kill memory_high delays code_eviction run_queue
 BIN := .venv/bin
 
-.PHONY: run test test-vm fuzz check lint unit bench bench-rules rule-tests rules-next lab lab-vm lab-vm-all lab-list demo \
+.PHONY: run test test-vm test-systemd fuzz check lint unit bench bench-rules rule-tests rules-next lab lab-vm lab-vm-all lab-list demo \
     docs dashboards pictures chart image lock format clean
 .DELETE_ON_ERROR:
 
@@ -55,6 +55,11 @@ test-vm: .venv/dev
 # Half an hour. pytest tests/unit/fuzz alone is what CI does: a hundred for each.
 fuzz: .venv/dev
 	$(BIN)/pytest -q tests/unit/fuzz --hypothesis-profile=fuzz --timeout=1800
+
+# The unit of packaging/ under a systemd that is booted in a container.
+test-systemd: .venv/dev
+	tests/packages.sh
+	SHOAL_SYSTEMD=1 $(BIN)/pytest -q tests/e2e/test_systemd.py
 
 bench: .venv/dev
 	tests/packages.sh
