@@ -154,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _subcommand(name: str, arguments: Sequence[str]) -> int:
     """Run `check` or `explain`. A wrong argument is status 3, as monitoring plugins have it: 2 would say critical."""
     # Imported here: an exporter that serves needs nothing of it.
-    from shoal.check import command  # noqa: PLC0415
+    from shoal.check import command  # noqa: PLC0415  (an exporter that runs needs none of it)
 
     try:
         if name == "explain":
@@ -175,16 +175,16 @@ def _subcommand(name: str, arguments: Sequence[str]) -> int:
 
 def _run(settings: Settings) -> int:
     # Imported here so that --help and a wrong argument answer without loading the web server.
-    from shoal.listener import ListenError  # noqa: PLC0415
-    from shoal.scrape import Scraper  # noqa: PLC0415
-    from shoal.server import serve  # noqa: PLC0415
+    from shoal.listener import ListenError  # noqa: PLC0415  (`check` and `--help` serve nobody, and aiohttp takes long)
+    from shoal.scrape import Scraper  # noqa: PLC0415  (see above)
+    from shoal.server import serve  # noqa: PLC0415  (see above)
 
     # Worker threads parse while the loop answers; a shorter turn keeps the loop's wait under its 10 ms.
     sys.setswitchinterval(0.001)
     web_config = None
     if settings.web_config_file:
         # Imported here because most exporters run without, and the parser and bcrypt cost 3 MiB.
-        from shoal.web_config import WebConfig  # noqa: PLC0415
+        from shoal.web_config import WebConfig  # noqa: PLC0415  (most exporters run without)
 
         web_config = WebConfig(settings.web_config_file)
     scraper = Scraper(settings.roots, {name: load(name)(settings) for name in settings.collectors})

@@ -272,7 +272,7 @@ def load_config(path: str) -> dict[str, str]:
     Raises `SettingsError` when the file cannot be read, is not YAML, or holds a key that is no option.
     """
     # Imported here because most exporters run without a file, and the parser costs 2 MiB.
-    import yaml  # noqa: PLC0415
+    import yaml  # noqa: PLC0415  (only where there is a file to read)
 
     try:
         # The base loader leaves every value the text that it is in the file, as flags and variables are text.

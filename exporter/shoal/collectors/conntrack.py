@@ -532,7 +532,7 @@ def _backends(node: Node, table: _Table, known: NatBackends | None) -> NatBacken
 
 def _load_watch() -> EndpointWatch:
     """Import what talks to the API server, for those who have one to ask."""
-    from shoal.kubernetes.watch import EndpointWatch  # noqa: PLC0415
+    from shoal.kubernetes.watch import EndpointWatch  # noqa: PLC0415  (only with --kubernetes.endpoints)
 
     return EndpointWatch()
 
