@@ -34,7 +34,8 @@ test: .venv/dev lint
 	    $(BIN)/python -m tests.lab run --tries 2; own=$$?; wait $$stock; stock=$$?; \
 	    cat .lab/stock.out; test $$own = 0 && test $$stock = 0 || \
 	    { grep -h -A 99 "^What is not" .lab/*.md; echo "lab: exit $$own on this kernel, $$stock on $(KERNEL)"; exit 1; }
-	$(BIN)/pytest --cov --cov-report=term
+	$(BIN)/pytest --cov --cov-report=term --durations=25 || \
+	    { test $$? = 1 && $(BIN)/pytest --last-failed --last-failed-no-failures=none; }
 
 check: .venv/dev lint
 	$(BIN)/pytest tests/unit -m "not slow"
