@@ -141,7 +141,10 @@ def test_ports_used_up_by_time_wait() -> None:
     with pair(server="close") as two:
         two.sysctl("net.ipv4.ip_local_port_range=40000 40199")
         _, said = two.start(two.client, CLIENT, "300", "close", *two.addresses)
-        assert said == "200 Cannot assign requested address"
+        connected, error = said.split(maxsplit=1)
+        # Now and then one is reset, as its server closes first, and its port is free again at once.
+        assert 200 <= int(connected) < 205
+        assert error == "Cannot assign requested address"
         witness = two.client_sockets()
         deadline = time.monotonic() + 10
         while not all(line.startswith("TIME-WAIT") for line in witness) and time.monotonic() < deadline:
