@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
+from tests.unit.outputs import samples
 
 from shoal.collectors.conntrack import ConntrackCollector
 from shoal.inventory import Node
@@ -32,7 +33,8 @@ from shoal.settings import resolve
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from shoal.families import Family
+    from tests.unit.outputs import Samples
+
     from shoal.kubernetes.watch import EndpointWatch
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -46,8 +48,6 @@ HEADER = (
     "  expect_new expect_create expect_delete search_restart\n"
 )
 
-Samples = dict[str, dict[tuple[str, ...], float]]
-
 
 def copy_of(kernel: str, tmp_path: Path) -> Roots:
     """Return a copy of a recorded node, to be changed."""
@@ -59,17 +59,6 @@ def copy_of(kernel: str, tmp_path: Path) -> Roots:
 def collector(**settings: Any) -> ConntrackCollector:
     """Make the collector with default settings but for those given."""
     return ConntrackCollector(replace(resolve({}, {}), **settings))
-
-
-def samples(families: list[Family]) -> Samples:
-    """Return {metric: {labels: value}}; two samples with the same labels are an error."""
-    found: Samples = {}
-    for family in families:
-        family.check()
-        for labels, value in family.samples:
-            assert labels not in found.setdefault(family.metric.name, {}), f"{family.metric.name}{labels} twice"
-            found[family.metric.name][labels] = value
-    return found
 
 
 def reasons(one: ConntrackCollector) -> dict[str, str]:

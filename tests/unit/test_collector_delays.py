@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Self
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.unit.outputs import absent, brief
 
 from shoal.collectors import delays
 from shoal.collectors.delays import DelaysCollector
@@ -29,30 +30,13 @@ from shoal.settings import resolve
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from shoal.families import Family
+    from tests.unit.outputs import Samples
+
 
 FIXTURES = Path(__file__).parent / "fixtures"
 DELAY, SKIPPED = "shoal_delay_seconds_total", "shoal_delay_processes_skipped"
 PERIODS, THROTTLED = "shoal_cpu_periods_total", "shoal_cpu_throttled_seconds_total"
 NODE = "shoal_node_run_queue_delay_seconds_total"
-
-Samples = dict[str, dict[tuple[str, ...], float]]
-
-
-def samples(families: list[Family]) -> Samples:
-    """Return {metric: {labels without empty ones: value}}; two samples with the same labels are an error."""
-    found: Samples = {}
-    for family in families:
-        rows = found.setdefault(family.metric.name, {})
-        for labels, value in family.samples:
-            assert labels not in rows
-            rows[tuple(filter(None, labels))] = value
-    return found
-
-
-def absent(collector: DelaysCollector) -> dict[str, str]:
-    """Return {signal: reason} of the signals that are absent."""
-    return {signal: why[0].value for signal, why in collector.availability.absent.items() if why}
 
 
 def stats(run_queue: float, *, version: int = 16, block_io: float = 0.0, others: float = 0.0) -> TaskStats:
@@ -115,7 +99,7 @@ class Machine:
 
     def scrape(self) -> Samples:
         """Read the node once."""
-        return samples(self.collector.read(Node(Roots(f"{self.root}/proc", f"{self.root}/sys", str(self.root)))))
+        return brief(self.collector.read(Node(Roots(f"{self.root}/proc", f"{self.root}/sys", str(self.root)))))
 
     def __enter__(self) -> Self:
         """Stand in for a `TaskStatsSocket`."""
@@ -508,7 +492,7 @@ def test_a_recorded_node(kernel: str) -> None:
     """Real files: the node's run queues, the two containers with a quota, and no process of this PID namespace."""
     root = FIXTURES / kernel
     collector = DelaysCollector(resolve({}, {}))
-    found = samples(collector.read(Node(Roots(f"{root}/proc", f"{root}/sys", f"{root}/rootfs"))))
+    found = brief(collector.read(Node(Roots(f"{root}/proc", f"{root}/sys", f"{root}/rootfs"))))
     assert found[NODE][()] > 1
     api, ledger = ("shop", "checkout-7d9c5b6f4-x2x9k", "api"), ("payments", "ledger-0", "ledger")
     assert set(found[PERIODS]) == set(found[THROTTLED]) == {api, ledger}
@@ -585,11 +569,11 @@ def test_eight_spinners_beside_a_victim(
     with live_cgroup("victim") as victim, live_cgroup("spinners") as spinners:
         try:
             pids = [start(victim, spin), *(start(spinners, spin) for _ in range(8))]
-            before = samples(collector.read(Node(Roots())))[DELAY]
+            before = brief(collector.read(Node(Roots())))[DELAY]
             time.sleep(1)
             wait_until_stopped(*pids)
             node = Node(Roots())
-            after = samples(collector.read(node))[DELAY]
+            after = brief(collector.read(node))[DELAY]
             listed = subprocess.run(
                 ["ps", "-ww", "-eo", "pid=,cgroup="], check=True, capture_output=True, text=True
             ).stdout
@@ -605,4 +589,4 @@ def test_eight_spinners_beside_a_victim(
         finally:
             for pid in pids:
                 os.kill(pid, signal.SIGKILL)
-    assert not [labels for labels in samples(collector.read(Node(Roots())))[DELAY] if labels[0] == victim.name]
+    assert not [labels for labels in brief(collector.read(Node(Roots())))[DELAY] if labels[0] == victim.name]

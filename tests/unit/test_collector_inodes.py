@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tests.unit.outputs import absent, brief
 
 from shoal.collectors import inodes
 from shoal.collectors.inodes import InodesCollector
@@ -25,31 +26,14 @@ from shoal.settings import resolve
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from shoal.families import Family
+    from tests.unit.outputs import Samples
+
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TOTAL, FREE, STUCK = "shoal_filesystem_inodes", "shoal_filesystem_inodes_free", "shoal_filesystem_stuck"
 SKIPPED, LAYER = "shoal_filesystems_skipped", "shoal_writable_layer_inodes"
 AGE, CUT, OTHER = f"{LAYER}_age_seconds", f"{LAYER}_cut", "shoal_writable_layers_other_inodes"
 STATES = "shoal_writable_layers"
-
-Samples = dict[str, dict[tuple[str, ...], float]]
-
-
-def samples(families: list[Family]) -> Samples:
-    """Return {metric: {labels without empty ones: value}}; two samples with the same labels are an error."""
-    found: Samples = {}
-    for family in families:
-        rows = found.setdefault(family.metric.name, {})
-        for labels, value in family.samples:
-            assert labels not in rows
-            rows[tuple(filter(None, labels))] = value
-    return found
-
-
-def absent(collector: InodesCollector) -> dict[str, str]:
-    """Return {signal: reason} of the signals that are absent."""
-    return {signal: why[0].value for signal, why in collector.availability.absent.items() if why}
 
 
 def scene(name: str, tmp_path: Path) -> dict[str, Any]:
@@ -218,7 +202,7 @@ class Machine:
 
     def scrape(self) -> Samples:
         """Read the node once."""
-        return samples(self.collector.read(Node(self.roots)))
+        return brief(self.collector.read(Node(self.roots)))
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from tests.unit.outputs import samples
 
 from shoal.collectors import available_names, catalogue, load
 from shoal.inventory import Node
@@ -17,8 +18,9 @@ from shoal.kernel.memory import read_memory_stat
 from shoal.settings import resolve
 
 if TYPE_CHECKING:
+    from tests.unit.outputs import Samples
+
     from shoal.collectors import Collector
-    from shoal.families import Family
 
 FIXTURES = Path(__file__).parent / "fixtures"
 API = ("shop", "checkout-7d9c5b6f4-x2x9k", "api", "")
@@ -27,8 +29,6 @@ REPORT = ("batch", "reports-0", "report", "")
 REPORTS_POD = ("batch", "reports-0", "", "")
 
 # Collectors with a `collect` of their own, whose own tests take everything away from them.
-
-Samples = dict[str, dict[tuple[str, ...], float]]
 
 
 def roots_of(kernel: str) -> Roots:
@@ -48,16 +48,6 @@ def copy_of(kernel: str, tmp_path: Path) -> Roots:
 def collector(name: str) -> Collector:
     """Make a collector with default settings."""
     return load(name)(resolve({}, {}))
-
-
-def samples(families: list[Family]) -> Samples:
-    """Return {metric: {labels: value}}; two samples with the same labels are an error."""
-    found: Samples = {}
-    for family in families:
-        for labels, value in family.samples:
-            assert labels not in found.setdefault(family.metric.name, {}), f"{family.metric.name}{labels} twice"
-            found[family.metric.name][labels] = value
-    return found
 
 
 def read(name: str, roots: Roots) -> tuple[Samples, dict[str, str]]:

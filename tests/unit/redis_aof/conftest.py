@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import pytest
+from tests.unit.outputs import samples
 
 from shoal.collectors import load
 from shoal.scrape import Scraper
@@ -23,6 +24,8 @@ from shoal.settings import resolve
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
     from pathlib import Path
+
+    from tests.unit.outputs import Samples
 
     from shoal.collectors import Collector
 
@@ -208,9 +211,6 @@ async def _command(reader: asyncio.StreamReader) -> bytes:
     return b" ".join(words).lower()
 
 
-Samples = dict[str, dict[tuple[str, ...], float]]
-
-
 @dataclass(slots=True)
 class Watching:
     """The collector at work, scraped as the exporter does it."""
@@ -224,13 +224,7 @@ class Watching:
         began = time.monotonic()
         families = await self.scraper.scrape(["redis_aof"], 9.5)
         self.took = time.monotonic() - began
-        found: Samples = {}
-        for family in families:
-            family.check()
-            for labels, value in family.samples:
-                assert labels not in found.setdefault(family.metric.name, {}), f"{family.metric.name}{labels} twice"
-                found[family.metric.name][labels] = value
-        return found
+        return samples(families)
 
     async def reasons(self) -> dict[str, str]:
         """Scrape; return {server: reason}, "" for those that are up."""
