@@ -158,12 +158,12 @@ ALERTS: dict[str, Alert] = {
     "ShoalMasqueradePortsExhausted": Alert(
         _CRITICAL,
         {
-            "tuple:shoal_conntrack_nat_ports_used_per_available:ratio": 0.9,
+            "tuple:shoal_conntrack_nat_ports_used_per_available:ratio": 0.75,
             "netns:shoal_conntrack_insert_failed:increase5m": 10,
         },
     ),
     "ShoalMasqueradePortsNearlyExhausted": Alert(
-        _WARNING, {"tuple:shoal_conntrack_nat_ports_used_per_available:ratio": 0.8}
+        _WARNING, {"tuple:shoal_conntrack_nat_ports_used_per_available:ratio": 0.7}
     ),
     "ShoalTimeWaitPortsExhausted": Alert(_CRITICAL, {"tuple:shoal_ephemeral_ports_time_wait_per_used:ratio": 0.5}),
     "ShoalTimeWaitPortsNearlyExhausted": Alert(_WARNING, {"tuple:shoal_ephemeral_ports_time_wait_per_used:ratio": 0.5}),

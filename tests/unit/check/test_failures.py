@@ -278,14 +278,14 @@ CASES: list[tuple[str, str, float, float]] = [
             f'shoal_conntrack_nat_ports_used{{protocol="tcp",{PAIRS}}} 0 {{}}\n{NAT_PORTS}\n'
             'shoal_conntrack_insert_failed_total{netns="host"} 0 1'
         ),
-        901,
-        900,
+        751,
+        750,
     ),
     (
         "ShoalMasqueradePortsNearlyExhausted",
         f'shoal_conntrack_nat_ports_used{{protocol="tcp",{PAIRS}}} 0 {{}}\n{NAT_PORTS}',
-        801,
-        800,
+        701,
+        700,
     ),
     *(
         (
