@@ -1,7 +1,7 @@
 #!/bin/sh
 # Run a command under a stock Debian kernel, in a virtual machine without KVM, with this machine's files (read-only).
 #
-#   tests/vm.sh [-w DIR] [-d IMAGE] [-m MEMORY] [-a KERNEL_ARGUMENT]... VERSION -- COMMAND [ARGUMENT]...
+#   tests/vm.sh [-w DIR] [-d IMAGE] [-m MEMORY] [-i SHIFT] [-a KERNEL_ARGUMENT]... VERSION -- COMMAND [ARGUMENT]...
 #   tests/vm.sh 6.1 -- uname -r
 #   tests/vm.sh -w /tmp/out -a psi=0 6.12 -- python3 tests/record_fixtures.py /tmp/out/6.12
 #
@@ -9,6 +9,8 @@
 # directory that the command can write to and that outlives the machine. The command runs as root with SHOAL_VM=1 set;
 # its output and its exit status become this script's. Kernels are fetched once, with apt as it is configured here,
 # into a cache outside the repository.
+# With SHIFT the machine's clock counts its instructions, each as 2^SHIFT nanoseconds, and skips the time in which it is idle:
+# however busy this machine is, that one does not notice.
 # SHOAL_VM_TIMEOUT is in seconds (180); SHOAL_VM_CACHE moves the cache.
 set -eu
 
@@ -24,13 +26,14 @@ share=
 # Without KVM the check of the timer fails now and then, when the machine is busy, and the kernel panics.
 arguments="--append no_timer_check"
 memory=1G
-while getopts w:a:d:m: option; do
+while getopts w:a:d:m:i: option; do
     case $option in
     d) arguments="$arguments --disk $OPTARG" ;;
     w) mkdir -p "$OPTARG" && share=$(cd "$OPTARG" && pwd) ;;
     m) memory=$OPTARG ;;
+    i) arguments="$arguments --qemu-opts=-icount --qemu-opts=shift=$OPTARG,sleep=off" ;;
     a) arguments="$arguments --append $OPTARG" ;;
-    *) fail "usage: vm.sh [-w DIR] [-d IMAGE] [-m MEMORY] [-a KERNEL_ARGUMENT]... VERSION -- COMMAND..." ;;
+    *) fail "usage: vm.sh [-w DIR] [-d IMAGE] [-m MEMORY] [-i SHIFT] [-a KERNEL_ARGUMENT]... VERSION -- COMMAND..." ;;
     esac
 done
 shift $((OPTIND - 1))

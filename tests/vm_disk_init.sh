@@ -1,7 +1,8 @@
 #!/bin/sh
-# Inside the virtual machine: make the image the root, and run the lab there. Arguments: REPOSITORY OUT ARGUMENT...
+# Inside the virtual machine of vm_disk.sh: make the image the root, and run a command there.
+# Arguments: DIRECTORY OUT COMMAND [ARGUMENT]...
 set -eu
-repository=$1 out=$2
+directory=$1 out=$2
 shift 2
 
 # The machine's own programs come over 9p; busybox is one of them, and does all that must be done before the change.
@@ -16,14 +17,13 @@ busybox mkdir /run/changes/upper /run/changes/work
 busybox mount -t overlay -o lowerdir=/run/image,upperdir=/run/changes/upper,workdir=/run/changes/work overlay $root
 # No file system on /tmp: the repository may be below it. What is changed is in memory all the same.
 busybox mkdir -p $root/run $root/tmp $root/var/log $root/root
-for directory in /proc /sys /dev "$out"; do
-    busybox mkdir -p "$root$directory"
-    busybox mount --rbind "$directory" "$root$directory"
+for place in /proc /sys /dev "$out"; do
+    busybox mkdir -p "$root$place"
+    busybox mount --rbind "$place" "$root$place"
 done
 # The modules are a link to where they were unpacked.
 modules=/lib/modules/$(busybox uname -r)
 busybox mkdir -p "$root$modules"
 busybox mount --bind "$(busybox readlink -f "$modules")" "$root$modules"
 cd $root
-exec busybox chroot . /bin/sh -c 'cd "$0" && exec .venv/bin/python -m tests.lab "$@"' "$repository" \
-    run --output "$out" --interval 30 --patience 1200 "$@" >"$out/said" 2>&1
+exec busybox chroot . /bin/sh -c 'cd "$0" && exec "$@"' "$directory" "$@" >"$out/said" 2>&1
