@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from tests.grafana.stored import END, serve
+from tests.lab.stack import OTHER
 from tests.rules.pack import expand
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ HERE: Final = Path(__file__).parent / "recordings"
 LAB: Final = Path(__file__).parents[2] / ".lab"
 STEP: Final = 5
 """Seconds between two samples on the tests' clock, as the lab scrapes on its own kernel."""
-_KEPT: Final = re.compile(r"shoal_.+|up")
+_KEPT: Final = re.compile(r"shoal_.+|up|node_uname_info")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,8 @@ class Recording:
             spread: list[float] = []
             for value in expand(values):
                 spread += [math.nan] * (stride - 1) + [math.nan if value is None else value]
-            yield name, {**labels, "node": self.node}, spread
+            node = f"{self.node}-{OTHER}" if labels.get("node") == OTHER else self.node
+            yield name, {**labels, "node": node}, spread
 
     def stories(self) -> Iterator[Story]:
         """Yield the failures that it has."""
@@ -110,6 +112,8 @@ def taken_over(run: dict[str, Any]) -> dict[str, Any]:
     kept = []
     for series in run["series"]:
         name = series["metric"].pop("__name__")
+        # What the machine is called is its own affair.
+        series["metric"].pop("nodename", None)
         # By that directory a run's report leaves the virtual machine.
         if not _KEPT.fullmatch(name) or series["metric"].get("mountpoint", "").startswith("/tmp/"):  # noqa: S108
             continue
