@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from grafana.reader import Prometheus
     from tests.grafana.sick import Sample
 
-__all__ = ["RECORDINGS", "STORIES", "Recording", "Story", "serve_recordings", "taken_over"]
+__all__ = ["RECORDED", "RECORDINGS", "STORIES", "Recording", "Story", "serve_recordings", "taken_over"]
 
 HERE: Final = Path(__file__).parent / "recordings"
 LAB: Final = Path(__file__).parents[2] / ".lab"
@@ -106,18 +106,23 @@ def taken_over(run: dict[str, Any]) -> dict[str, Any]:
     """Make a recording of what a run of the lab left: of every series what the exporter said, at most every STEP."""
     stride = max(STEP // run["step"], 1)
     step = run["step"] * stride
-    ends = max(float(at) for series in run["series"] for at, _ in series["values"])
-    begins = min(float(at) for series in run["series"] for at, _ in series["values"])
+    # A run that awaited the ends of its pages goes on for minutes in which nothing is wrong any more.
+    last = max((one["cured"] for one in run["faults"].values()), default=math.inf) + 2 * step
+    for series in run["series"]:
+        series["values"] = [(float(at), value) for at, value in series["values"] if float(at) <= last]
+    ends = max(at for series in run["series"] for at, _ in series["values"])
+    begins = min(at for series in run["series"] for at, _ in series["values"])
     count = int((ends - begins) // step) + 1
     kept = []
     for series in run["series"]:
         name = series["metric"].pop("__name__")
-        # What the machine is called is its own affair.
-        series["metric"].pop("nodename", None)
+        # What the machine and its kernel are called is its own affair.
+        for label in ("nodename", "release", "version") if name == "node_uname_info" else ():
+            series["metric"].pop(label, None)
         # By that directory a run's report leaves the virtual machine.
         if not _KEPT.fullmatch(name) or series["metric"].get("mountpoint", "").startswith("/tmp/"):  # noqa: S108
             continue
-        at = {round((ends - float(moment)) / step, 3): value for moment, value in series["values"]}
+        at = {round((ends - moment) / step, 3): value for moment, value in series["values"]}
         values = [at.get(float(count - 1 - place), "_") for place in range(count)]
         if any(value != "_" for value in values):
             kept.append([name, series["metric"], _short(values)])
@@ -165,8 +170,10 @@ def serve_recordings(directory: Path) -> AbstractContextManager[Prometheus]:
 
 
 RECORDINGS: Final = [Recording.read(file) for file in sorted(HERE.glob("*.json.gz"))]
-STORIES: Final = {story.number: story for recording in RECORDINGS for story in recording.stories()}
-"""By the number of the failure."""
+RECORDED: Final = [story for recording in RECORDINGS for story in recording.stories()]
+"""Every failure of every recording."""
+STORIES: Final = {story.number: story for story in RECORDED}
+"""One of each failure by its number: that of the last recording which has it."""
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
