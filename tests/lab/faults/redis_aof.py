@@ -1,12 +1,13 @@
 """Failure 1: a Redis with appendfsync always stands still while its disk flushes, and everything else looks idle.
 
-Where there is device-mapper (a stock kernel) the disk below it is slowed down for real, by dm-delay, and nothing but
-the disk is the witness. Elsewhere a preloaded library makes fdatasync() slow, and the server's latency monitor tells.
+Where there is device-mapper (a stock kernel) the disk is slow for real, and nothing but the disk is the witness: a loop
+device on a file of a file system that dm-delay slows down, so that each of its flushes is an fsync() there. Elsewhere a
+preloaded library makes fdatasync() slow, and the server's latency monitor tells.
 
-Seen on 6.1 with 150 ms a write: one fdatasync() on ext4 was 0.65 s long (data, then the journal); the mapped device had
-no flushes in diskstats, the loop device below it some of 2 ms, so that of the disk only the time of the mapped device's
-own writes told; and the server's cgroup had waited for I/O, by its pressure, a seventh of the time that it stood still,
-since the wait for the journal is not counted as one for I/O.
+Seen on 6.1 with the server's data on the mapped device itself and 150 ms a write: one fdatasync() on ext4 was 0.65 s
+long (data, then the journal); the mapped device had no flushes in diskstats, the loop device below it some of 2 ms, so
+that of the disk only the time of the mapped device's own writes told; and the server's cgroup had waited for I/O, by
+its pressure, a seventh of the time that it stood still, since the wait for the journal is not counted as one for I/O.
 """
 
 from __future__ import annotations
