@@ -1,4 +1,4 @@
-"""What Prometheus held in runs of the fault lab: `python -m tests.grafana.recorded KERNEL` takes over the last one.
+"""What Prometheus held in runs of the fault lab: `python -m tests.grafana.recorded KERNEL [FAILURE]...` takes one over.
 
 A recording is what the exporter exported while the failures were on, every few seconds, with the moments at which each
 was caused, paged and was cured. What the rules made of it is not in it: the tests let today's rules do that again.
@@ -150,10 +150,12 @@ def _short(values: list[str]) -> str:
     return " ".join(words)
 
 
-def main(kernel: str) -> None:
-    """Take over what the last run on a kernel recorded."""
+def main(kernel: str, *names: str) -> None:
+    """Take over what the last run on a kernel recorded: until all failures were cured, or those that are named."""
     with gzip.open(LAB / f"{kernel}.series.json.gz", "rt", encoding="utf-8") as source:
-        content = taken_over(json.load(source))
+        run = json.load(source)
+    run["faults"] = {name: one for name, one in run["faults"].items() if not names or name in names}
+    content = taken_over(run)
     lines = ",\n".join(json.dumps(series) for series in content.pop("series"))
     text = f'{json.dumps(content)[:-1]}, "series": [\n{lines}\n]}}\n'
     # Without the time, so that the same recording is the same file.
