@@ -1,4 +1,4 @@
-"""What Prometheus held in runs of the fault lab: `python -m tests.grafana.recorded KERNEL` takes over the last one.
+"""What Prometheus held in runs of the fault lab: `python -m tests.grafana.recorded KERNEL [FAILURE]...` takes one over.
 
 A recording is what the exporter exported while the failures were on, every few seconds, with the moments at which each
 was caused, paged and was cured. What the rules made of it is not in it: the tests let today's rules do that again.
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from tests.grafana.stored import END, serve
+from tests.lab.stack import OTHER
 from tests.rules.pack import expand
 
 if TYPE_CHECKING:
@@ -26,13 +27,13 @@ if TYPE_CHECKING:
     from grafana.reader import Prometheus
     from tests.grafana.sick import Sample
 
-__all__ = ["RECORDINGS", "STORIES", "Recording", "Story", "serve_recordings", "taken_over"]
+__all__ = ["RECORDED", "RECORDINGS", "STORIES", "Recording", "Story", "serve_recordings", "taken_over"]
 
 HERE: Final = Path(__file__).parent / "recordings"
 LAB: Final = Path(__file__).parents[2] / ".lab"
 STEP: Final = 5
 """Seconds between two samples on the tests' clock, as the lab scrapes on its own kernel."""
-_KEPT: Final = re.compile(r"shoal_.+|up")
+_KEPT: Final = re.compile(r"shoal_.+|up|node_uname_info")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,8 @@ class Recording:
             spread: list[float] = []
             for value in expand(values):
                 spread += [math.nan] * (stride - 1) + [math.nan if value is None else value]
-            yield name, {**labels, "node": self.node}, spread
+            node = f"{self.node}-{OTHER}" if labels.get("node") == OTHER else self.node
+            yield name, {**labels, "node": node}, spread
 
     def stories(self) -> Iterator[Story]:
         """Yield the failures that it has."""
@@ -104,16 +106,23 @@ def taken_over(run: dict[str, Any]) -> dict[str, Any]:
     """Make a recording of what a run of the lab left: of every series what the exporter said, at most every STEP."""
     stride = max(STEP // run["step"], 1)
     step = run["step"] * stride
-    ends = max(float(at) for series in run["series"] for at, _ in series["values"])
-    begins = min(float(at) for series in run["series"] for at, _ in series["values"])
+    # A run that awaited the ends of its pages goes on for minutes in which nothing is wrong any more.
+    last = max((one["cured"] for one in run["faults"].values()), default=math.inf) + 2 * step
+    for series in run["series"]:
+        series["values"] = [(float(at), value) for at, value in series["values"] if float(at) <= last]
+    ends = max(at for series in run["series"] for at, _ in series["values"])
+    begins = min(at for series in run["series"] for at, _ in series["values"])
     count = int((ends - begins) // step) + 1
     kept = []
     for series in run["series"]:
         name = series["metric"].pop("__name__")
+        # What the machine and its kernel are called is its own affair.
+        for label in ("nodename", "release", "version") if name == "node_uname_info" else ():
+            series["metric"].pop(label, None)
         # By that directory a run's report leaves the virtual machine.
         if not _KEPT.fullmatch(name) or series["metric"].get("mountpoint", "").startswith("/tmp/"):  # noqa: S108
             continue
-        at = {round((ends - float(moment)) / step, 3): value for moment, value in series["values"]}
+        at = {round((ends - moment) / step, 3): value for moment, value in series["values"]}
         values = [at.get(float(count - 1 - place), "_") for place in range(count)]
         if any(value != "_" for value in values):
             kept.append([name, series["metric"], _short(values)])
@@ -141,10 +150,12 @@ def _short(values: list[str]) -> str:
     return " ".join(words)
 
 
-def main(kernel: str) -> None:
-    """Take over what the last run on a kernel recorded."""
+def main(kernel: str, *names: str) -> None:
+    """Take over what the last run on a kernel recorded: until all failures were cured, or those that are named."""
     with gzip.open(LAB / f"{kernel}.series.json.gz", "rt", encoding="utf-8") as source:
-        content = taken_over(json.load(source))
+        run = json.load(source)
+    run["faults"] = {name: one for name, one in run["faults"].items() if not names or name in names}
+    content = taken_over(run)
     lines = ",\n".join(json.dumps(series) for series in content.pop("series"))
     text = f'{json.dumps(content)[:-1]}, "series": [\n{lines}\n]}}\n'
     # Without the time, so that the same recording is the same file.
@@ -161,8 +172,10 @@ def serve_recordings(directory: Path) -> AbstractContextManager[Prometheus]:
 
 
 RECORDINGS: Final = [Recording.read(file) for file in sorted(HERE.glob("*.json.gz"))]
-STORIES: Final = {story.number: story for recording in RECORDINGS for story in recording.stories()}
-"""By the number of the failure."""
+RECORDED: Final = [story for recording in RECORDINGS for story in recording.stories()]
+"""Every failure of every recording."""
+STORIES: Final = {story.number: story for story in RECORDED}
+"""One of each failure by its number: that of the last recording which has it."""
 
 if __name__ == "__main__":
     main(*sys.argv[1:])

@@ -17,7 +17,7 @@ import pytest
 from grafana.failures import FAILURES
 from grafana.node import evidence_panel
 from tests.grafana.clicks import follow, links_of, opened, panel, shown, tells, titled, visit
-from tests.grafana.recorded import STORIES, Recording, Story, taken_over
+from tests.grafana.recorded import RECORDED, STORIES, Recording, Story, taken_over
 from tests.grafana.sick import FAILING, MINUTES, SICK, node_of
 from tests.grafana.stored import END
 from tests.grafana.test_dashboards import BOARDS
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.timeout(600)  # as in test_shown.py
 _FAILURES: Final = {failure.number: failure for failure in FAILURES}
 _SECONDS: Final = 15 * 60
 _STATES: Final = {"info": 1, "warning": 2, "critical": 3}
-_every_story = pytest.mark.parametrize("story", STORIES.values(), ids=lambda story: f"{story.number}-{story.node}")
+_every_story = pytest.mark.parametrize("story", RECORDED, ids=lambda story: f"{story.number}-{story.node}")
 
 # Whom the page does not name, as it is about all tables of a kind, and the dashboard does.
 _PODS: Final = {9: "resolver-client"}
@@ -60,19 +60,18 @@ _WHY: Final = {
 }
 # {(dashboard, panel, query): why no run of the lab gives it an answer}
 _NEVER: Final[dict[tuple[str, int, str], str]] = {
-    ("shoal-fleet", 11, "A"): "an exporter answers on every node of the lab",
-    ("shoal-fleet", 12, "A"): "no collector fails in it",
     ("shoal-node", 201, "A"): "what makes its Redis wait is the loop device, whose own flushes take no time",
     ("shoal-workload", 13, "B"): "as above",
     ("shoal-node", 101, "F"): "its Redis has no memory limit, and is not rewritten",
-    ("shoal-node", 302, "B"): "a request is dropped only where SYN cookies are off",
-    ("shoal-node", 313, "A"): "nothing is masqueraded in it",
-    ("shoal-node", 314, "A"): "its TIME_WAIT fits into tcp_max_tw_buckets",
-    ("shoal-node", 103, "B"): "the exporter knows the devices of the host's namespace, and the lab's filter is a pod's",
-    ("shoal-node", 103, "C"): "as above",
 }
 
-_LATER: Final = {("shoal-node", 104, "B"): "writable layers are counted every five minutes, and the page is quicker"}
+# Panels in the row of a failure that show another, which in the lab a decoy has.
+_OF_A_DECOY: Final = {313, 314}
+# What may have no answer yet when the page of its own failure comes, and has one when another's does.
+_LATER: Final = {
+    ("shoal-node", 104, "B"): "writable layers are counted every five minutes, and the page is quicker",
+    ("shoal-node", 314, "A"): "an increase takes two points of the rules' grid of a minute, and the page is quicker",
+}
 
 
 def _names(labels: dict[str, Any], story: Story) -> bool:
@@ -104,7 +103,7 @@ def _coloured(which: dict[str, Any], row: dict[str, Any]) -> set[str]:
 def test_the_recordings_have_all_fourteen() -> None:
     """Each was caused on a real kernel, and was on when its page came."""
     assert sorted(STORIES) == list(range(1, 15))
-    for story in STORIES.values():
+    for story in RECORDED:
         assert story.before < story.caused < story.paged <= story.moment <= story.cured
 
 
@@ -142,20 +141,23 @@ def test_the_page_opens_the_table_that_names_the_culprit(lab: Prometheus, story:
     assert any(_names(row, story) or "pod" not in story.culprit for row in page)
 
 
-@_every_story
-def test_every_panel_of_the_failure_shows_it(lab: Prometheus, story: Story) -> None:
-    """Each query of its row on Node has an answer, and what names anybody names the culprit."""
-    board = opened("shoal-node", cluster="east", node=story.node)
-    for one in board.panels():
-        if one["id"] < 100 or one["id"] % 100 != story.number:
+@pytest.mark.parametrize("number", STORIES)
+def test_every_panel_of_the_failure_shows_it(lab: Prometheus, number: int) -> None:
+    """Each query of its row on Node has an answer in a recording of it, and what names anybody names the culprit."""
+    stories = [story for story in RECORDED if story.number == number]
+    boards = [(opened("shoal-node", cluster="east", node=story.node), story) for story in stories]
+    for one in boards[0][0].panels():
+        if one["id"] < 100 or one["id"] % 100 != number:
             continue
-        answers = board.ask(one, lab, story.moment, _SECONDS)
-        for answer in answers:
-            known = ("shoal-node", one["id"], answer.target["refId"]) in _NEVER | _LATER
-            assert tells(answer) is not known, (one["title"], answer.target["expr"])
-        about = [series.labels for answer in answers for series in answer.series]
-        about = [labels for labels in about if labels.keys() & story.culprit.keys()]
-        assert not about or any(_names(labels, story) for labels in about), one["title"]
+        silent = {target["refId"] for target in one["targets"]}
+        for board, story in boards:
+            answers = board.ask(one, lab, story.moment, _SECONDS)
+            silent -= {answer.target["refId"] for answer in answers if tells(answer)}
+            about = [series.labels for answer in answers for series in answer.series]
+            about = [labels for labels in about if labels.keys() & story.culprit.keys()]
+            others = not about or one["id"] in _OF_A_DECOY
+            assert others or any(_names(labels, story) for labels in about), one["title"]
+        assert silent <= {ref for _, panel_id, ref in _NEVER | _LATER if panel_id == one["id"]}, one["title"]
 
 
 @_every_story
@@ -191,7 +193,8 @@ def test_the_kernel_that_lacks_a_signal_says_why(lab: Prometheus, number: int) -
     fleet = opened("shoal-fleet")
     grid = titled(fleet, "Fourteen failures by node, worst first")
     row = next(row for row in shown(fleet, grid, lab, story.moment, _SECONDS).rows if row["node"] == story.node)
-    assert row[failure.column] == -1
+    # Of the tenth the pressure of the whole node, which has no need of cgroups, may inform.
+    assert row[failure.column] <= (_STATES["info"] if number == 10 else -1)
     node, place = follow(fleet, links_of(grid, failure.column)[0], row)
     rows = shown(node, panel(node, place), lab, story.moment, _SECONDS).rows
     reasons = {row["signal"]: row["reason"] for row in rows if "signal" in row}
@@ -204,7 +207,7 @@ def test_the_kernel_that_lacks_a_signal_says_why(lab: Prometheus, number: int) -
 def test_every_query_has_an_answer_in_a_recording(lab: Prometheus, name: str) -> None:
     """No query waits for what no exporter exports; those that no run of the lab answers are known, with the reason."""
     silent = set()
-    boards = [(opened(name, show=">= 0", cluster="east", node=story.node), story) for story in STORIES.values()]
+    boards = [(opened(name, show=">= 0", cluster="east", node=story.node), story) for story in RECORDED]
     for one in boards[0][0].panels():
         missing = {target["refId"] for target in one["targets"]}
         for board, story in boards:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from tests.lab.node import libc, run
 
@@ -14,11 +14,16 @@ if TYPE_CHECKING:
 
 __all__ = ["disk", "forget", "random_file"]
 
+_DISKS: Final = Path("/run/disks")
+
 
 @contextmanager
-def disk(name: str, mebibytes: int, *options: str) -> Iterator[Path]:
-    """Make and mount a file system below /run/disks, with options for mkfs.ext4; it is gone after the block."""
-    image, place = Path("/run/disks", f"{name}.image"), Path("/run/disks", name)
+def disk(name: str, mebibytes: int, *options: str, below: Path = _DISKS) -> Iterator[Path]:
+    """Make and mount a file system below /run/disks, with options for mkfs.ext4; it is gone after the block.
+
+    What is written to it goes to a file in `below`, which is memory unless told otherwise.
+    """
+    image, place = below / f"{name}.image", _DISKS / name
     place.mkdir(parents=True)
     with image.open("wb") as file:
         file.truncate(mebibytes << 20)

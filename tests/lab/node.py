@@ -45,6 +45,7 @@ NAMESPACE: Final = "lab"
 CLONE_NEWNET: Final = 0x40000000
 _MS_BIND: Final = 4096
 _GIVE_UP: Final = 10.0
+_FORWARD: Final = Path("/proc/sys/net/ipv4/ip_forward")
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -178,6 +179,7 @@ class Node:
 
     def attach(self, pod: Pod) -> tuple[str, str]:
         """Join a pod to the node, its way to everywhere. Return its address and the node's device for it."""
+        _FORWARD.write_text("1")
         self._links += 1
         network, device = f"10.76.{self._links}", f"lab{self._links}"
         run("ip", "link", "add", device, "type", "veth", "peer", "name", "eth0", "netns", pod.netns)

@@ -29,12 +29,28 @@ from prometheus_client.parser import text_string_to_metric_families
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["PORTS", "PROGRAMS", "REPOSITORY", "Page", "Stack", "start", "webhook"]
+__all__ = [
+    "OTHER",
+    "OTHER_PORTS",
+    "PORTS",
+    "PROGRAMS",
+    "REPOSITORY",
+    "Page",
+    "Stack",
+    "running",
+    "start",
+    "wait_until_it_listens",
+    "webhook",
+]
 
 REPOSITORY: Final = Path(__file__).parents[2]
-PROGRAMS: Final = ("prometheus", "prometheus-alertmanager")
+PROGRAMS: Final = ("prometheus", "prometheus-alertmanager", "prometheus-node-exporter")
 PORTS: Final = {"exporter": 7462, "prometheus": 9090, "alertmanager": 9093, "webhook": 9095}
 """Where each listens on the node's loopback address, as the examples have it."""
+OTHER: Final = "db-2"
+"""A node that Prometheus is told of besides; `other_node.py` makes it, or nobody does."""
+OTHER_PORTS: Final = {"exporter": 7463, "node_exporter": 9100}
+"""Where its exporters listen, on the same address."""
 
 _HOST: Final = "127.0.0.1"
 _RULES: Final = REPOSITORY / "rules"
@@ -170,13 +186,13 @@ def start(
     with ExitStack() as stack:
         for name, command in commands.items():
             place = cgroup if name == "exporter" else None
-            process = stack.enter_context(_running(command, directory / f"{name}.log", place))
-            _wait_until_it_listens(name, process, directory / f"{name}.log")
+            process = stack.enter_context(running(command, directory / f"{name}.log", place))
+            wait_until_it_listens(name, PORTS[name], process, directory / f"{name}.log")
         yield Stack(directory, labels)
 
 
 @contextmanager
-def _running(command: list[str], log: Path, cgroup: Path | None) -> Iterator[subprocess.Popen[bytes]]:
+def running(command: list[str], log: Path, cgroup: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
     """Run a server, in its cgroup if it has one, and end it when the block ends."""
     if cgroup:
         command = ["sh", "-c", 'echo 0 >"$0/cgroup.procs" && exec "$@"', str(cgroup), *command]
@@ -203,10 +219,11 @@ def _running(command: list[str], log: Path, cgroup: Path | None) -> Iterator[sub
                 process.kill()
 
 
-def _wait_until_it_listens(name: str, process: subprocess.Popen[bytes], log: Path) -> None:
+def wait_until_it_listens(name: str, port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait until a server can be connected to. Raises `RuntimeError` with the end of its log if it never can."""
     deadline = time.monotonic() + _STARTS_WITHIN
     while True:
-        with suppress(OSError), socket.create_connection((_HOST, PORTS[name]), timeout=1):
+        with suppress(OSError), socket.create_connection((_HOST, port), timeout=1):
             return
         if process.poll() is not None or time.monotonic() > deadline:
             raise RuntimeError(f"{name} does not run; the end of its log: {log.read_text()[-2000:]}")
@@ -221,7 +238,10 @@ def _example(name: str) -> dict[str, Any]:
 def _prometheus_configuration(
     directory: Path, interval: int, waits: dict[str, dict[str, str]]
 ) -> tuple[Path, dict[str, str]]:
-    """Write the shipped example, without node_exporter, and copies of the rules; also return what labels it adds."""
+    """Write the shipped example and copies of the rules; also return what labels it adds.
+
+    It is of one node; node_exporter is the other's, which has an exporter too.
+    """
     rules = directory / "rules"
     rules.mkdir()
     for file in sorted(_RULES.glob("*.yaml")):
@@ -239,11 +259,17 @@ def _prometheus_configuration(
         "evaluation_interval": f"{interval}s",
     }
     configuration["rule_files"] = [f"{rules}/*.yaml"]
-    (job,) = [job for job in configuration["scrape_configs"] if job["job_name"] == "shoal"]
-    configuration["scrape_configs"] = [job]
+    jobs = {job["job_name"]: job["static_configs"] for job in configuration["scrape_configs"]}
+    labels = jobs["shoal"][0]["labels"]
+    other = {
+        name: {"targets": [f"{_HOST}:{port}"], "labels": {**labels, "node": OTHER}}
+        for name, port in OTHER_PORTS.items()
+    }
+    jobs["shoal"].append(other["exporter"])
+    jobs["node"][:] = [other["node_exporter"]]
     file = directory / "prometheus.yaml"
     file.write_text(yaml.safe_dump(configuration), encoding="utf-8")
-    return file, job["static_configs"][0]["labels"]
+    return file, labels
 
 
 def _alertmanager_configuration(directory: Path) -> Path:

@@ -341,7 +341,7 @@ def test_a_lab_that_is_killed_half_way_takes_everything_with_it(tmp_path: Path) 
     command = [sys.executable, "-m", "tests.lab", "run", "--output", str(tmp_path), "inodes", "listen_queue"]
     with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
-        assert any("failures and 6 decoys are built" in line for line in process.stdout)
+        assert any("2 failures and" in line and "are built" in line for line in process.stdout)
         top = cgroup_mount() / f"shoallab{process.pid}.slice"
         pids = {pid for file in top.rglob("cgroup.procs") for pid in file.read_text().split()}
         mounts = "".join(Path("/proc", pid, "mountinfo").read_text() for pid in pids)

@@ -6,7 +6,6 @@ import selectors
 import socket
 import time
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from tests.lab.fault import Culprit, Decoy, Fault, Shows
@@ -22,7 +21,6 @@ _CLIENTS: Final = 15
 _TICK: Final = 0.3
 _PORT: Final = 53
 _OWN_PORT: Final = 20000
-_FORWARD: Final = Path("/proc/sys/net/ipv4/ip_forward")
 
 _SERVICE: Final = "10.99.0.10"
 """The runbook's example."""
@@ -33,7 +31,6 @@ _DRAINED_SERVICE: Final = "10.99.0.12"
 def backend_gone(node: Node) -> Story:
     """Fifteen clients keep their source ports, as resolvers do, and their backend is taken away under them."""
     with node.pod("dns-clients") as clients, node.pod("dns-old") as old, node.pod("dns-new") as new:
-        _FORWARD.write_text("1")
         node.attach(clients)
         (before, device), (after, _) = node.attach(old), node.attach(new)
         old.start(_answer(0))
@@ -52,7 +49,6 @@ def backend_gone(node: Node) -> Story:
 def slow_backend(node: Node) -> Story:
     """A backend that takes three seconds for each answer, and is alive."""
     with node.pod("slow-clients") as clients, node.pod("slow-backend") as backend:
-        _FORWARD.write_text("1")
         node.attach(clients)
         address, _ = node.attach(backend)
         backend.start(_answer(3))
@@ -69,7 +65,6 @@ def drained_backend(node: Node) -> Story:
     before the clients stop; the alert's `for` is what keeps it silent.
     """
     with node.pod("drained-clients") as clients, node.pod("drained-backend") as old, node.pod("its-successor") as new:
-        _FORWARD.write_text("1")
         node.attach(clients)
         (before, _), (after, _) = node.attach(old), node.attach(new)
         old.start(_echo)

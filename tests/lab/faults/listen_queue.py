@@ -82,6 +82,16 @@ def syn_cookies(node: Node) -> Story:
         yield None
 
 
+def without_cookies(node: Node) -> Story:
+    """The same flood where no cookies are sent: requests are dropped (TCPReqQFullDrop), and no connection is."""
+    with node.pod("syn-flood-no-cookies") as pod:
+        pod.sysctl("net.ipv4.tcp_syncookies", 0)
+        pod.ip(f"route add {_SWALLOWED}/32 dev lo")
+        yield Culprit(pod.labels, happened=lambda: pod.counter("TcpExtTCPReqQFullDrop") > _BURST)
+        pod.start(lambda: _flood(_SWALLOWED))
+        yield None
+
+
 def drops_without_overflow(node: Node) -> Story:
     """SYNs come from where no route leads back: each is dropped (ListenDrops), and no queue is full.
 
@@ -167,7 +177,13 @@ FAULT = Fault(
     also=("ShoalListenQueueNearlyFull",),
     signal="listen_queue_namespaces",
     story=overflow,
-    decoys=(Decoy(closed_port), Decoy(syn_cookies), Decoy(drops_without_overflow), Decoy(absorbed_burst)),
+    decoys=(
+        Decoy(closed_port),
+        Decoy(syn_cookies),
+        Decoy(without_cookies, right=("ShoalListenQueueRequestDrops",)),
+        Decoy(drops_without_overflow),
+        Decoy(absorbed_burst),
+    ),
     evidence=180,
     because="connections must have been refused in three of the last five minutes",
     confirm=(

@@ -1,12 +1,13 @@
 """Failure 1: a Redis with appendfsync always stands still while its disk flushes, and everything else looks idle.
 
-Where there is device-mapper (a stock kernel) the disk below it is slowed down for real, by dm-delay, and nothing but
-the disk is the witness. Elsewhere a preloaded library makes fdatasync() slow, and the server's latency monitor tells.
+Where there is device-mapper (a stock kernel) the disk is slow for real, and nothing but the disk is the witness: a loop
+device on a file of a file system that dm-delay slows down, so that each of its flushes is an fsync() there. Elsewhere a
+preloaded library makes fdatasync() slow, and the server's latency monitor tells.
 
-Seen on 6.1 with 150 ms a write: one fdatasync() on ext4 was 0.65 s long (data, then the journal); the mapped device had
-no flushes in diskstats, the loop device below it some of 2 ms, so that of the disk only the time of the mapped device's
-own writes told; and the server's cgroup had waited for I/O, by its pressure, a seventh of the time that it stood still,
-since the wait for the journal is not counted as one for I/O.
+Seen on 6.1 with the server's data on the mapped device itself and 150 ms a write: one fdatasync() on ext4 was 0.65 s
+long (data, then the journal); the mapped device had no flushes in diskstats, the loop device below it some of 2 ms, so
+that of the disk only the time of the mapped device's own writes told; and the server's cgroup had waited for I/O, by
+its pressure, a seventh of the time that it stood still, since the wait for the journal is not counted as one for I/O.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Final, NoReturn, Protocol
 
 from tests.lab.disk import disk
 from tests.lab.fault import Culprit, Decoy, Fault, Shows
+from tests.lab.features import MEMORY_CONTROLLER
 from tests.lab.node import libc, ready, run
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 _PORT: Final = 6379
 _SLOW_MILLISECONDS: Final = 150
 _MANY: Final = 100
+_MEMORY: Final = 512 << 20
 _DEVICE: Final = "shoal-lab-redis"
 _STARTS_WITHIN: Final = 60.0
 _TICK: Final = 0.2
@@ -65,7 +68,10 @@ int fsync(int fd) { return fdatasync(fd); }
 def slow_disk(node: Node) -> Story:
     """Five writes a second, each of which waits for a flush of a sixth of a second or more."""
     with _slowable() as (place, environment, slow), node.pod("session-store") as pod:
+        if not MEMORY_CONTROLLER.missing():
+            pod.container("app", memory_max=str(_MEMORY))
         pid = _redis(pod, place, "always", environment)
+        _rewrite(pod)
         yield Culprit(pod.labels, {"pid": str(pid)}, {"redis-cli": f"nsenter -t {pid} -n redis-cli"})
         slow(on=True)
         pod.start(_write)
@@ -105,7 +111,7 @@ class _Switch(Protocol):
 def _slowable() -> Iterator[tuple[Path, dict[str, str], _Switch]]:
     """Give a directory for a server's data, what its environment must have, and how to make it slow and fast again."""
     if _has_device_mapper():
-        with _delayed_disk() as (place, slow):
+        with _delayed_disk() as (below, slow), disk("aof", 32, below=below) as place:
             yield place, {}, slow
         return
     with disk("aof", 64) as place:
@@ -141,7 +147,8 @@ def _delayed_disk() -> Iterator[tuple[Path, _Switch]]:
         return f"0 {(64 << 20) // 512} delay {loop} 0 0 {loop} 0 {milliseconds}"
 
     def slow(*, on: bool) -> None:
-        _dmsetup("reload", _DEVICE, "--table", table(_SLOW_MILLISECONDS if on else 0))
+        # A flush of the disk above is an fsync() here, which waits for a write three times: data, journal, its commit.
+        _dmsetup("reload", _DEVICE, "--table", table(_SLOW_MILLISECONDS // 3 if on else 0))
         _dmsetup("suspend", _DEVICE)
         _dmsetup("resume", _DEVICE)
 
@@ -190,6 +197,16 @@ def _redis(pod: Pod, place: Path, appendfsync: str, environment: dict[str, str])
                 return pid
         if time.monotonic() > until:
             raise TimeoutError("redis-server does not answer")
+        time.sleep(_TICK)
+
+
+def _rewrite(pod: Pod) -> None:
+    """Have the append-only file rewritten once, as it is from time to time; what that copied on write stays in INFO."""
+    pod.run("redis-cli", "bgrewriteaof")
+    until = time.monotonic() + _STARTS_WITHIN
+    while not re.search(r"aof_last_cow_size:[1-9]", pod.run("redis-cli", "info", "persistence")):
+        if time.monotonic() > until:
+            raise TimeoutError("the append-only file is not rewritten")
         time.sleep(_TICK)
 
 

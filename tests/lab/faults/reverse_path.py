@@ -12,7 +12,8 @@ import time
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from tests.lab.fault import Culprit, Decoy, Fault, Shows
-from tests.lab.node import ready
+from tests.lab.faults.sidecar_ports import SERVICE, keep, serve
+from tests.lab.node import ready, run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,13 +82,34 @@ def firewall(node: Node) -> Story:
         yield None
 
 
+def answered(node: Node) -> Story:
+    """The node talks from a strict device's address to a peer behind another device, and is answered by that one."""
+    with node.pod("strict-side") as strict, node.pod("its-storage") as peer, node.unit("backup.service") as unit:
+        (address, device), (storage, _) = node.attach(strict), node.attach(peer)
+        run("sysctl", "-qw", "net.ipv4.conf.all.rp_filter=0", f"net.ipv4.conf.{device}.rp_filter=1")
+        own = f"{address.rpartition('.')[0]}.1"
+        peer.start(serve)
+
+        def talk() -> NoReturn:
+            with socket.create_connection((storage, SERVICE), source_address=(own, 0)) as link:
+                ready()
+                keep([link])
+
+        yield Culprit(
+            {"device": device},
+            happened=lambda: own in run("ss", "-tnH", "state", "established", "dst", f"{storage}:{SERVICE}"),
+        )
+        unit.start(talk)
+        yield None
+
+
 FAULT = Fault(
     number=3,
     title="The reverse-path filter drops packets silently",
     alert="ShoalReversePathDrops",
     signal="reverse_path_drops",
     story=strict,
-    decoys=(Decoy(loose), Decoy(firewall)),
+    decoys=(Decoy(loose), Decoy(firewall), Decoy(answered, right=("ShoalReversePathAsymmetric",))),
     evidence=180,
     because="packets must have been dropped in three of the last five minutes",
     confirm=(

@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from tests.lab.fault import Culprit, Decoy, Fault, Shows
-from tests.lab.node import ready
+from tests.lab.node import ready, run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 PORTS: Final = 200
 """The local ports that the pods have; the default is 28,232."""
 SERVICE: Final = 8080
+_MASQUERADED: Final = 150
 
 
 def held(node: Node) -> Story:
@@ -108,6 +109,26 @@ def _visit(address: str) -> Callable[[], NoReturn]:
     return job
 
 
+def masqueraded(node: Node) -> Story:
+    """What a pod opens to the outside goes out from the node's own address, whose ports last for much more."""
+    with node.pod("browser") as pod, node.pod("registry") as outside:
+        node.attach(pod)
+        address, device = node.attach(outside)
+        chain = f"chain post {{ type nat hook postrouting priority 100; oifname {device} masquerade; }}"
+        run("nft", "-f", "-", text=f"table ip lab_masquerade {{ {chain}; }}")
+        outside.start(serve)
+        # Before anything is caused: the connection tracking table is dumped once in a while.
+        pod.start(hold([address], _MASQUERADED))
+        yield Culprit(pod.labels, happened=lambda: _masqueraded(address) == _MASQUERADED)
+        yield None
+
+
+def _masqueraded(address: str) -> int:
+    """Return how many connections to this address have another source than they were opened from."""
+    entries = run("conntrack", "-L", "-p", "tcp", "--src-nat", "--orig-dst", address)
+    return entries.count("ESTABLISHED")
+
+
 FAULT = Fault(
     number=13,
     title="A sidecar uses up the ports of one pod",
@@ -115,7 +136,7 @@ FAULT = Fault(
     also=("ShoalEphemeralPortsNearlyExhausted",),
     signal="ephemeral_ports_namespaces",
     story=held,
-    decoys=(Decoy(spread), Decoy(busy_server)),
+    decoys=(Decoy(spread), Decoy(busy_server), Decoy(masqueraded)),
     confirm=(
         Shows(
             """nsenter -t "$pid" -n ss -tanH | awk '{sub(/:[^:]*$/, "", $4); n[$1 " " $4 " -> " $5]++}"""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tests.lab.node import Node
 
 _TICK: Final = 0.01
+_BUCKETS: Final = 50
 
 
 def used_up(node: Node) -> Story:
@@ -81,6 +82,17 @@ def on_the_servers_side(node: Node) -> Story:
         yield None
 
 
+def more_than_are_kept(node: Node) -> Story:
+    """A server that closes first, where tcp_max_tw_buckets is small: what is beyond it is closed without TIME_WAIT."""
+    with node.container("busy-server") as server, node.pod("busy-clients") as clients:
+        address, _ = node.link(server, clients)
+        server.sysctl("net.ipv4.tcp_max_tw_buckets", _BUCKETS)
+        server.start(_hang_up_first)
+        yield Culprit(server.labels, happened=lambda: server.counter("TcpExtTCPTimeWaitOverflow") > PORTS)
+        clients.start(_poll(address, wait=True))
+        yield None
+
+
 FAULT = Fault(
     number=14,
     title="TIME_WAIT uses up the ports",
@@ -88,7 +100,7 @@ FAULT = Fault(
     also=("ShoalTimeWaitPortsNearlyExhausted",),
     signal="ephemeral_ports_namespaces",
     story=used_up,
-    decoys=(Decoy(on_the_servers_side),),
+    decoys=(Decoy(on_the_servers_side), Decoy(more_than_are_kept, right=("ShoalTimeWaitOverflow",))),
     confirm=(
         Shows(
             """nsenter -t "$pid" -n ss -tanH | awk '{sub(/:[^:]*$/, "", $4); n[$1 " " $4 " -> " $5]++}"""
