@@ -262,6 +262,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.timeout(600)
 def test_a_hostile_container(tmp_path: Path) -> None:
     """Names of processes, cgroups and mounts, and as many as the kernel takes, change nobody else's series."""
     uid, identity = "bad0bad0_bad0_bad0_bad0_bad0bad0bad0", "bad0" * 16
@@ -290,6 +291,7 @@ def test_a_hostile_container(tmp_path: Path) -> None:
             time.sleep(1)
 
 
+@pytest.mark.timeout(600)
 def test_ten_thousand_cgroups_in_the_middle_of_a_scrape(tmp_path: Path) -> None:
     """A container that makes them gets not one series more, and scrapes are whole meanwhile and afterwards."""
     uid = "0f8d3c1e_5b7a_4c2d_9e6f_000000010000"
