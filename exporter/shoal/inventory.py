@@ -49,6 +49,11 @@ _T = TypeVar("_T")
 _CONTAINER = re.compile(r"(?:^|:|^(?:cri-containerd|crio|docker|libpod)-)([0-9a-f]{64})(?:\.scope)?$")
 # A pod's: `kubepods-burstable-pod<uid with underscores>.slice` or `pod<uid>`. A static pod's UID is 32 hex digits.
 _POD = re.compile(r"(?:^|-)pod([0-9a-f]{8}(?:[-_][0-9a-f]{4}){3}[-_][0-9a-f]{12}|[0-9a-f]{32})(?:\.slice(?::.*)?)?$")
+# The last two parts of a path below which root alone makes cgroups, and so a kubelet its pods: slices, `kubepods`
+# and, where runtime and kubelet were given different drivers, the runtime's unit. `..`: from a cgroup namespace.
+_ROOTS_OWN = re.compile(
+    r"/(?:[^/]+\.slice|kubepods|burstable|besteffort|\.\.)$|/(?:system\.slice|\.\.)/[^/]+\.service$"
+)
 _UNIT = re.compile(r".+\.(?:service|scope)$")
 # Helpers of the runtime that live beside a container and are none of its processes.
 _HELPER = re.compile(r"^(?:crio|libpod)-conmon-[0-9a-f]{64}(?:\.scope)?$")
@@ -112,6 +117,8 @@ class Inventory:
     _names: _KubeletNames
     _paths: tuple[tuple[str, Owner], ...]
     """Every cgroup of a workload, those below its own included."""
+    _anywhere: bool
+    """Whether what is called a pod is one, wherever it is: see `build_inventory`."""
 
     def processes(self) -> dict[Owner, set[int]]:
         """Read the process ids of each workload that has any, those in cgroups below its own included.
@@ -148,11 +155,11 @@ class Inventory:
         Seen from a cgroup namespace of its own the beginning of the path is missing, so the container id in it
         is looked up, and the rest is only what the path itself tells.
         """
-        identity = _identity(path)
-        known = [self._by_container[one] for one in identity.containers if one in self._by_container]
-        # What a pod's container makes below its own cgroup may be called after another's; a container may hold pods.
-        inside_a_pod = next((owner for owner in known if owner.pod), None)
-        return inside_a_pod or next(iter(known), None) or _owner_of(identity, self._names) or Owner()
+        identity = _identity(path, anywhere=self._anywhere)
+        # What a container makes below its own cgroup may be called after another's; yet a container may hold pods.
+        containers = identity.containers if identity.uid else identity.containers[:1]
+        known = next((self._by_container[one] for one in containers if one in self._by_container), None)
+        return known or _owner_of(identity, self._names) or Owner()
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,25 +173,30 @@ class _Identity:
 
 
 @lru_cache(maxsize=4096)
-def _identity(path: str) -> _Identity:
+def _identity(path: str, *, anywhere: bool = True) -> _Identity:
     """Read a path, the same ones at every scrape. A unit counts only outside containers.
 
-    What is in a container of a pod is that container's, whatever it calls the cgroups that it makes there.
+    What is in a container of a pod is that container's, whatever it calls the cgroups that it makes there. If not
+    `anywhere`, neither a pod nor a container by whose id one could be found is where others than root make cgroups.
     """
-    uid = container = unit = ""
+    uid = container = unit = before = ""
     containers = []
+    believed = True
     for part in path.strip("/").split("/"):
         if uid and container:
             break
-        if match := _POD.search(part):
+        if believed and (match := _POD.search(part)):
             uid = match[1].replace("_", "-")
             container = unit = ""
         if match := _CONTAINER.search(part):
-            containers.append(match[1])
+            if believed:
+                containers.append(match[1])
             # A container inside a container is the outer one's affair; inside a pod of its own it is not.
             container, unit = container or match[1], ""
         elif not (uid or container or unit) and _UNIT.match(part) and not _HELPER.match(part):
             unit = part
+        believed = anywhere or (believed and bool(_ROOTS_OWN.search(f"/{before}/{part}")))
+        before = part
     return _Identity(uid, container, unit, tuple(containers))
 
 
@@ -193,6 +205,8 @@ def _owner_of(identity: _Identity, names: _KubeletNames) -> Owner | None:
     uid, container, unit = identity.uid, identity.container, identity.unit
     if not (uid or container or unit):
         return None
+    if not uid:
+        return Owner("", "", container[:_SHORT_ID], unit)
     namespace, pod = names.pods.get(uid, ("", uid))
     return Owner(namespace, pod, names.containers.get(container, container[:_SHORT_ID]), unit)
 
@@ -228,6 +242,10 @@ def _listing(directory: str) -> list[str]:
 def build_inventory(roots: Roots) -> Inventory:
     """Walk the cgroup tree once and name what is found. Raises `Unavailable` where there is no cgroup v2.
 
+    A kubelet has all its pods in one place. If there are some where only root makes cgroups, then what is called a pod
+    elsewhere is none: a container or a user to whom cgroups are delegated calls them what he likes. If all are
+    elsewhere, as where a cluster runs in a container, they are pods.
+
     Two cgroups can have one name for a moment, as when a container has just been restarted: the shallower, then
     the younger one (the higher id) keeps it, so that no two series have the same labels.
     """
@@ -237,17 +255,19 @@ def build_inventory(roots: Roots) -> Inventory:
     chosen: dict[Owner, tuple[tuple[int, int], Workload]] = {}
     owners: dict[str, Owner | None] = {}
     owned: list[tuple[Cgroup, Owner]] = []
-    for cgroup in walk(hierarchy.mount):
+    tree = list(walk(hierarchy.mount))
+    anywhere = not any(_identity(cgroup.path, anywhere=False).uid for cgroup in tree)
+    for cgroup in tree:
         parent, _, last = cgroup.path.rpartition("/")
         inherited = owners.get(parent)
-        own = _owner_of(_identity(cgroup.path), names)
+        own = _owner_of(_identity(cgroup.path, anywhere=anywhere), names)
         owners[cgroup.path] = own
         if own is None:
             continue
         owned.append((cgroup, own))
         if own == inherited:
             continue
-        if match := _CONTAINER.search(last):
+        if own.pod and (match := _CONTAINER.search(last)):
             by_container[match[1]] = own
         if own.pod and _is_sandbox(last, names):
             continue
@@ -260,7 +280,7 @@ def build_inventory(roots: Roots) -> Inventory:
     owned = [(one, own) for one, own in owned if own not in chosen or _is_within(one, chosen[own][1].cgroup)]
     by_id = {one.id: own for one, own in owned}
     of_workloads = tuple((one.path, own) for one, own in owned if own in chosen)
-    return Inventory(hierarchy, workloads, by_id, by_container, names, of_workloads)
+    return Inventory(hierarchy, workloads, by_id, by_container, names, of_workloads, anywhere)
 
 
 def _is_within(one: Cgroup, other: Cgroup) -> bool:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["Running", "Scrape", "exporter", "fallen", "free_port"]
+__all__ = ["Running", "Scrape", "exporter", "fallen", "free_port", "stranger"]
 
 # A machine without KVM takes a minute for what takes a second here.
 _PATIENCE = 180 if "SHOAL_VM" in os.environ else 30
@@ -31,6 +31,18 @@ def free_port() -> int:
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@contextmanager
+def stranger() -> Iterator[None]:
+    """Run a process in a network namespace of its own, so that there is another one to look into."""
+    with subprocess.Popen(["unshare", "--net", "sh", "-c", "echo; exec sleep 600"], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout
+            process.stdout.readline()
+            yield
+        finally:
+            process.kill()
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import bcrypt
+from tests.e2e.process import free_port, stranger
 from tests.helm.engine import REPOSITORY, objects
 
 if TYPE_CHECKING:
@@ -146,16 +147,10 @@ def _api(place: Path) -> Iterator[int]:
         server.server_close()
 
 
-def _free_port() -> int:
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
 def _redis(place: Path) -> Iterator[list[str]]:
     """Run a Redis server, and return the addresses by which the exporter is to find it, and one where there is none."""
-    port, tls, nothing = _free_port(), _free_port(), _free_port()
+    port, tls, nothing = free_port(), free_port(), free_port()
     command = ["redis-server", "--port", f"{port}", "--bind", "127.0.0.1", "--unixsocket", f"{place}/redis.sock"]
     command += ["--unixsocketperm", "777", "--tls-port", f"{tls}", "--tls-auth-clients", "no", "--save", ""]
     command += ["--tls-cert-file", f"{place}/cert.pem", "--tls-key-file", f"{place}/key.pem"]
@@ -168,18 +163,6 @@ def _redis(place: Path) -> Iterator[list[str]]:
                 f"rediss://127.0.0.1:{tls}?ssl_ca_certs={place}/cert.pem",
                 f"redis://127.0.0.1:{nothing}",
             ]
-        finally:
-            process.kill()
-
-
-@contextmanager
-def _stranger() -> Iterator[None]:
-    """Run a process with a network namespace of its own, so that there is another one to look into."""
-    with subprocess.Popen(["unshare", "--net", "sh", "-c", "echo; exec sleep 60"], stdout=subprocess.PIPE) as process:
-        try:
-            assert process.stdout
-            process.stdout.readline()
-            yield
         finally:
             process.kill()
 
@@ -217,8 +200,8 @@ def stage(tier: str, before: Sequence[str] = (), after: Sequence[str] = ()) -> t
             f"tls_server_config: {{cert_file: cert.pem, key_file: key.pem}}\nbasic_auth_users: {{a: '{hashed}'}}\n"
         )
         api, targets = stack.enter_context(_api(place)), stack.enter_context(_redis(place))
-        stack.enter_context(_stranger())
-        port = _free_port()
+        stack.enter_context(stranger())
+        port = free_port()
         command = ["unshare", "--mount", "sh", "-c", _POD, "sh", str(place), *before, "setpriv", *granted(tier), *after]
         command += [
             sys.executable,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.root
 
-SECONDS = 6
+SECONDS, PODS = 6, 30
 
 
 def mount_point() -> Path:
@@ -96,7 +96,7 @@ def test_every_scrape_during_churn_is_whole() -> None:
 
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as exporter:
         try:
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 60
             while time.monotonic() < deadline:
                 with suppress(OSError):
                     scrape()
@@ -104,8 +104,10 @@ def test_every_scrape_during_churn_is_whole() -> None:
                 time.sleep(0.1)
             seen: set[str] = set()
             with churn() as made:
-                end = time.monotonic() + SECONDS
-                while time.monotonic() < end:
+                began = time.monotonic()
+                # However few scrapes a slow machine has time for.
+                while time.monotonic() < began + SECONDS or len(seen) < PODS:
+                    assert time.monotonic() < began + 100, "the pods are not seen"
                     text = scrape()
                     assert not re.findall(r"^shoal_scrape_collector_success\{.*\} 0", text, re.MULTILINE)
                     assert 'reason="malformed"' not in text
@@ -115,11 +117,9 @@ def test_every_scrape_during_churn_is_whole() -> None:
                         for sample in family.samples
                     ]
                     assert len(series) == len(set(series)), "a series is there twice"
-                    seen.update(re.findall(r'^shoal_pressure_some_seconds_total\{pod="([^"]+)"', text, re.MULTILINE))
-            # The machine may have pods of others.
-            seen &= set(made)
-            assert len(made) >= SECONDS * 5
-            assert len(seen) >= len(made) / 2, "the pods were not seen"
+                    told = re.findall(r'^shoal_pressure_some_seconds_total\{pod="([^"]+)"', text, re.MULTILINE)
+                    # The machine may have pods of others.
+                    seen.update(set(told) & set(made))
             after = scrape()
             assert not any(pod in after for pod in seen)
             inodes = {os.stat(f"/proc/{exporter.pid}/fd/{fd}").st_ino for fd in os.listdir(f"/proc/{exporter.pid}/fd")}

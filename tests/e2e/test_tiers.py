@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from contextlib import closing, contextmanager
-from typing import TYPE_CHECKING
 
 import pytest
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from tests.e2e.process import free_port, stranger
 
 pytestmark = pytest.mark.root
 
@@ -44,23 +39,9 @@ ANYONE = {
 }
 
 
-@contextmanager
-def stranger() -> Iterator[None]:
-    """Run a process in a network namespace of its own, so that there is another one to look into."""
-    with subprocess.Popen(["unshare", "--net", "sh", "-c", "echo; exec sleep 60"], stdout=subprocess.PIPE) as process:
-        try:
-            assert process.stdout
-            process.stdout.readline()
-            yield
-        finally:
-            process.kill()
-
-
 def signals(privileges: tuple[str, ...], *arguments: str) -> dict[str, str]:
     """Run the exporter with these privileges and return {signal: the reason of its absence, or ""}."""
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "shoal", f"--web.listen-address=127.0.0.1:{port}", *arguments]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SHOAL_")}
     with stranger(), subprocess.Popen(["setpriv", *privileges, *command], env=environment) as process:
@@ -76,7 +57,7 @@ def signals(privileges: tuple[str, ...], *arguments: str) -> dict[str, str]:
 
 def scrape(url: str, process: subprocess.Popen[bytes]) -> str:
     """Return the metrics as soon as the exporter answers."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 90
     while True:
         try:
             with urllib.request.urlopen(url, timeout=10) as answer:  # noqa: S310  (the exporter above)

@@ -156,7 +156,7 @@ def start_exporter(tmp_path: Path, clean_environment: dict[str, str]) -> Iterato
                     command, stdout=subprocess.PIPE, stderr=log, env=clean_environment | environment
                 )
             stack.callback(_end, process)
-            until = time.monotonic() + 20
+            until = time.monotonic() + 60
             while not (match := re.search(r"listening.*?127\.0\.0\.1:(\d+)", log_file.read_text())):
                 assert process.poll() is None, f"it ended with {process.returncode}: {log_file.read_text()}"
                 assert time.monotonic() < until, f"it does not listen: {log_file.read_text()}"

@@ -126,7 +126,7 @@ def test_a_user_cannot_take_a_pods_series(tmp_path: Path) -> None:
     found = {workload.owner: workload.cgroup.path for workload in inventory.workloads}
     assert found[Owner("shop", "checkout", "api-v2")] == f"/{SLICE}/cri-containerd-{ID}.scope"
     assert inventory.processes()[Owner("shop", "checkout", "api-v2")] == {1}
-    assert inventory.owner_of_cgroup((mount / inside).stat().st_ino) == Owner()
+    assert inventory.owner_of_cgroup((mount / inside).stat().st_ino) == Owner(container=ID[:12])
 
 
 VICTIM = Owner("shop", "checkout", "api-v2")
@@ -161,6 +161,54 @@ def test_a_container_cannot_pass_for_another_pod(tmp_path: Path, inside: str) ->
     assert inventory.processes()[VICTIM] == {1}
     for seen in (f"/{HOSTILE}/{inside}", f"/../cri-containerd-{HOSTILE_ID}.scope/{inside}"):
         assert inventory.owner_of_path(seen) == evil
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [
+        f"{SLICE}/cri-containerd-{ID}.scope",
+        f"cri-containerd-{ID}.scope",
+        f"pod{UID}/{ID}",
+        f"kubepods-pod{UID.replace('-', '_')}.slice:cri-containerd:{ID}",
+        f"kubepods.slice/kubepods-pod{UID[::-1].replace('-', '_')}.slice/cri-containerd-{OTHER_ID}.scope",
+    ],
+)
+@pytest.mark.parametrize(
+    "outside",
+    [
+        f"system.slice/docker-{HOSTILE_ID}.scope",
+        f"docker/{HOSTILE_ID}",
+        "user.slice/user-1000.slice/user@1000.service",
+        "lxc.payload.web",
+        "machine.slice/machine-web.scope/payload",
+    ],
+)
+def test_who_is_no_pod_cannot_pass_for_one(tmp_path: Path, inside: str, outside: str) -> None:
+    """Where a kubelet has its pods where only root makes cgroups, nothing that is made elsewhere is a pod."""
+    roots = laid_out(tmp_path, f"{SLICE}/cri-containerd-{ID}.scope", f"{outside}/{inside}", names=True)
+    mount = Path(roots.sys, "fs/cgroup")
+    (mount / f"{SLICE}/cri-containerd-{ID}.scope/cgroup.procs").write_text("1\n")
+    (mount / outside / inside / "cgroup.procs").write_text("2\n")
+    inventory = build_inventory(roots)
+    paths = {workload.owner: workload.cgroup.path for workload in inventory.workloads if workload.owner.pod}
+    assert paths == {Owner("shop", "checkout"): f"/{SLICE}", VICTIM: f"/{SLICE}/cri-containerd-{ID}.scope"}
+    assert inventory.processes()[VICTIM] == {1}
+    assert not inventory.owner_of_cgroup((mount / outside / inside).stat().st_ino).pod
+    for seen in (f"/{outside}/{inside}", f"/../../{outside}/{inside}"):
+        assert not inventory.owner_of_path(seen).pod
+    # As the exporter sees the real one, from a cgroup namespace of its own beside it.
+    assert inventory.owner_of_path(f"/../cri-containerd-{ID}.scope") == VICTIM
+
+
+def test_a_runtime_with_another_driver_than_its_kubelet(tmp_path: Path) -> None:
+    """The pod's cgroup is the kubelet's, and its containers are in the runtime's unit: all of them are the pod's."""
+    inside = f"system.slice/containerd.service/kubepods-pod{UID.replace('-', '_')}.slice:cri-containerd:{ID}"
+    roots = laid_out(tmp_path, SLICE, inside, names=True)
+    inventory = build_inventory(roots)
+    found = {workload.owner for workload in inventory.workloads}
+    assert found == {Owner("shop", "checkout"), VICTIM, Owner(unit="containerd.service")}
+    for seen in (f"/{inside}", f"/../../{inside}", f"/../{inside.removeprefix('system.slice/')}"):
+        assert inventory.owner_of_path(seen) == VICTIM
 
 
 @pytest.mark.parametrize("place", ["/var/log/pods", "/var/log/containers", f"/{SLICE}", "/run/netns", "/proc/7/cgroup"])
@@ -199,7 +247,7 @@ def test_owner_of_a_socket_and_of_a_process(tmp_path: Path) -> None:
     below = Path(roots.sys, "fs/cgroup", SLICE, f"cri-containerd-{ID}.scope", "below")
     assert inventory.owner_of_cgroup(below.stat().st_ino) == api
     assert inventory.owner_of_cgroup(1) == Owner()
-    for path in (f"/{SLICE}/cri-containerd-{ID}.scope", f"/../cri-containerd-{ID}.scope/below", f"/../../x/{ID}"):
+    for path in (f"/{SLICE}/cri-containerd-{ID}.scope", f"/../cri-containerd-{ID}.scope/below", f"/../{ID}"):
         assert inventory.owner_of_path(path) == api
     assert inventory.owner_of_path(f"/../../kubepods-burstable-pod{UID}.slice") == Owner("shop", "checkout")
     assert inventory.owner_of_path("/system.slice/a.service") == Owner(unit="a.service")

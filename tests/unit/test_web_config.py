@@ -19,6 +19,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import bcrypt
@@ -572,7 +573,7 @@ def test_secrets_are_nowhere(start: Start, place: Path) -> None:
         assert secret.encode() not in said
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 15) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
     """Return when something is true."""
     until = time.monotonic() + seconds
     while not condition():
@@ -662,7 +663,7 @@ def test_nobody_is_refused_while_the_sockets_change_hands(start: Start, place: P
     for client in clients:
         client.join()
     assert set(answers) == {200}
-    assert len(answers) > 100
+    assert len(answers) > 20
 
 
 def test_a_bad_change_leaves_the_old_one_in_force(start: Start, place: Path) -> None:
@@ -741,7 +742,7 @@ def test_every_attempt_takes_the_same_time(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(bcrypt, "checkpw", counted)
     spent: dict[bytes, list[float]] = {}
-    for _ in range(3):
+    for _ in range(5):
         for user in (*known, b"nobody"):
             rounds.clear()
             right, seconds = web_auth._compare(known, user, b"wrong")
@@ -749,7 +750,8 @@ def test_every_attempt_takes_the_same_time(monkeypatch: pytest.MonkeyPatch) -> N
             assert sum(rounds) == 1 << 10
             spent.setdefault(user, []).append(seconds)
     best = [min(times) for times in spent.values()]
-    assert max(best) < 1.5 * min(best)
+    # The rounds of another cost would be four times as many.
+    assert max(best) < 2 * min(best)
     assert [web_auth._compare(known, user, user)[0] for user in (*known, b"nobody")] == [True, True, True, False]
 
 
@@ -819,58 +821,67 @@ async def test_attempts_wait_in_a_short_line(monkeypatch: pytest.MonkeyPatch) ->
 
 async def test_after_a_wrong_password_the_next_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nine times as long as it took, whoever comes next; the wrong one has its answer at once, and a right one too."""
+    now, sleep = [1000.0], asyncio.sleep
+    waited: list[float] = []
+
+    async def slept(seconds: float) -> None:
+        waited.append(seconds)
+        now[0] += max(0.0, seconds)
+        await sleep(0)
+
     monkeypatch.setattr(web_auth, "_compare", lambda known, user, password: (known[user] == password, 0.05))
+    monkeypatch.setattr(web_auth, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(web_auth, "asyncio", SimpleNamespace(**{**vars(asyncio), "sleep": slept}))
     passwords, known = Passwords(), {b"a": b"right"}
-    loop = asyncio.get_running_loop()
-    took = []
     for password in (b"wrong", b"wrong too", b"right", b"right"):
-        began = loop.time()
-        await passwords.right(known, b"a", password, "x")
-        took.append(loop.time() - began)
-    assert took[0] < 0.4
-    assert took[1] > 0.44
-    assert took[2] > 0.44
-    assert took[3] < 0.4
-
-
-def processor_seconds(process: int) -> float:
-    """Return the processor time that a process has used."""
-    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        assert await passwords.right(known, b"a", password, "x") is (password == b"right")
+        now[0] += 0.125
+    # The last one is remembered, so that it does not wait at all.
+    assert waited == [-1000, pytest.approx(0.325), pytest.approx(0.325)]
 
 
 def test_who_tries_passwords_costs_little(start: Start, place: Path) -> None:
-    """Four clients without end: a fifth of one processor at most, and the scrape in between is answered at once."""
-    hashed = bcrypt.hashpw(PASSWORD.encode(), bcrypt.gensalt(11)).decode()
-    exporter = start(f"basic_auth_users: {{alice: '{hashed}'}}")
-    port, done, answers = port_of(exporter), threading.Event(), []
+    """Four clients without end: a tenth of the time goes into comparing, and a scrape is answered before an attempt."""
+    hashed = bcrypt.hashpw(PASSWORD.encode(), bcrypt.gensalt(11))
+    costs = []
+    for _ in range(3):
+        began = time.thread_time()
+        bcrypt.checkpw(b"wrong", hashed)
+        costs.append(time.thread_time() - began)
+    exporter = start(f"basic_auth_users: {{alice: '{hashed.decode()}'}}")
+    port, done = port_of(exporter), threading.Event()
+    answers: list[tuple[int | str, float]] = []
     assert Asker(plain=True).ask(port, place) == 200
+
+    def timed(asker: Asker, path: str) -> tuple[int | str, float]:
+        asked = time.monotonic()
+        return asker.ask(port, place, path), time.monotonic() - asked
 
     def attack(number: int) -> None:
         attempts = 0
         while not done.is_set():
             attempts += 1
-            answers.append(Asker(f"user {number}", f"{attempts}", plain=True).ask(port, place))
+            answers.append(timed(Asker(f"user {number}", f"{attempts}", plain=True), "/metrics"))
             time.sleep(0.02)
 
     attackers = [threading.Thread(target=attack, args=(number,)) for number in range(4)]
-    before, began = processor_seconds(exporter.process.pid), time.monotonic()
+    began = time.monotonic()
     for attacker in attackers:
         attacker.start()
     scrapes = []
-    while time.monotonic() - began < 6:
-        asked = time.monotonic()
-        assert Asker(plain=True).ask(port, place, "/metrics?name[]=shoal_build_info&exclude[]=pressure") == 200
-        scrapes.append(time.monotonic() - asked)
+    while [status for status, _ in answers].count(401) < 4 and time.monotonic() - began < 60:
+        scrapes.append(timed(Asker(plain=True), "/metrics?name[]=shoal_build_info&exclude[]=pressure"))
         time.sleep(0.2)
-    spent = (processor_seconds(exporter.process.pid) - before) / (time.monotonic() - began)
     done.set()
     for attacker in attackers:
         attacker.join()
-    assert set(answers) == {401, 429}
-    assert answers.count(401) < 12
-    assert spent < 0.35
-    assert sorted(scrapes)[len(scrapes) // 2] < 0.2
+    took = time.monotonic() - began
+    assert {status for status, _ in answers} == {401, 429}
+    assert {status for status, _ in scrapes} == {200}
+    wrong = sorted(seconds for status, seconds in answers if status == 401)
+    # Between two of them is nine times what one takes; a comparison there may be somewhat quicker than any was here.
+    assert 9 * (len(wrong) - 1) * min(costs) / 1.5 < took
+    assert sorted(seconds for _, seconds in scrapes)[len(scrapes) // 2] < wrong[len(wrong) // 2]
 
 
 def test_others_are_answered_while_a_password_is_compared(start: Start, place: Path) -> None:
@@ -889,7 +900,11 @@ def test_others_are_answered_while_a_password_is_compared(start: Start, place: P
 
 def test_a_signal_ends_it_while_clients_keep_their_tls(start: Start, place: Path) -> None:
     """One has not begun its handshake, one does not end its session, one has its password compared."""
-    hashed = bcrypt.gensalt(14).decode() + "." * 31
+    cost = 17
+    began = time.thread_time()
+    bcrypt.checkpw(b"x", bcrypt.gensalt(10) + b"." * 31)
+    compares = (time.thread_time() - began) * (1 << cost - 10)
+    hashed = bcrypt.gensalt(cost).decode() + "." * 31
     exporter = start(TLS + f"}}\nbasic_auth_users: {{alice: '{hashed}'}}")
     port = port_of(exporter)
     with socket.create_connection(("127.0.0.1", port)), socket.create_connection(("127.0.0.1", port)) as plain:
@@ -903,7 +918,7 @@ def test_a_signal_ends_it_while_clients_keep_their_tls(start: Start, place: Path
         compared.join()
         client.close()
     assert status == 0
-    assert seconds < 3
+    assert seconds < compares / 2
     assert "Traceback" not in exporter.log
     assert "Error" not in exporter.log
 
@@ -918,23 +933,25 @@ def test_who_sends_nothing_is_sent_away(
     port = port_of(start(TLS + "}" if tls else "{}", "2"))
     request = b"GET /-/ready HTTP/1.1\r\nHost: x\r\n"
     for begins, drips in ((b"", b""), (request, b"X"), (request + b"\r\n", b"")):
-        with socket.create_connection(("127.0.0.1", port), timeout=0.2) as plain, ExitStack() as stack:
+        began = time.monotonic()
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as plain, ExitStack() as stack:
             client = plain
             if tls and begins:
                 client = Asker().context(place).wrap_socket(plain, server_hostname="127.0.0.1")
                 stack.enter_context(client)
             client.sendall(begins)
-            began = time.monotonic()
+            client.settimeout(0.2)
             said = b"it is open"
             while said:
-                assert time.monotonic() - began < 15
+                # Without what this exporter was started with it would be 75 s.
+                assert time.monotonic() - began < 60
                 with contextlib.suppress(TimeoutError):
                     try:
                         said = client.recv(1000)
                         client.sendall(drips)
                     except (ConnectionError, ssl.SSLEOFError):
                         break
-            assert time.monotonic() - began > 1.5
+            assert time.monotonic() - began > 1.99
 
 
 def test_what_is_no_tls(start: Start, place: Path) -> None:
