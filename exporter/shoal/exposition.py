@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from itertools import count
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ __all__ = ["render"]
 
 # About twice the samples of the largest node that the benchmarks build; a fragment is about 100 bytes.
 _FRAGMENTS = 32_768
+# After so many times all are let go: those of pods that are gone would fill the cache, which then has 16 MiB.
+_KEPT_FOR = 256
+_times = count(1)
 
 
 def render(families: Iterable[Family], *, openmetrics: bool) -> bytes:
@@ -27,6 +31,8 @@ def render(families: Iterable[Family], *, openmetrics: bool) -> bytes:
     Bytes of a label value that are no UTF-8, as a cgroup's name may have, are written as Python escapes them, so that
     two such names stay apart.
     """
+    if not next(_times) % _KEPT_FOR:
+        _fragment.cache_clear()
     lines: list[str] = []
     for family in families:
         if not family.samples:

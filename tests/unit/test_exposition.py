@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
+from shoal import exposition
 from shoal.exposition import render
 from shoal.families import Family, Histogram, Metric
 from shoal.server import catalogue
@@ -180,3 +181,10 @@ def test_round_trip(rows: dict[tuple[str, str], float], openmetrics: bool) -> No
     assert parsed.keys() == rows.keys()
     for labels, value in rows.items():
         assert parsed[labels] == value or (math.isnan(value) and math.isnan(parsed[labels]))
+
+
+def test_labels_of_what_is_gone_are_let_go() -> None:
+    """A pod that lives for one scrape, again and again, leaves nothing for ever."""
+    for number in range(1000):
+        render([Family(GAUGE, [(("pod", f"gone-{number}"), 1)])], openmetrics=False)
+    assert exposition._fragment.cache_info().currsize < 300
