@@ -486,12 +486,14 @@ def _redis(unseen: str) -> Panels:
     name = "{{server}} {{namespace}} {{pod}}"
     by = ("server", *WHO)
     logged = "server:shoal_redis_latency_event_last_seconds:changes5m"
+    # Both are there only if one takes over 50 ms: flushes of a disk, or of a mapped device, which shows none, writes.
+    flushes, writes = "server:shoal_disk_flush_seconds:rate5m", "server:shoal_redis_disk_write_seconds:rate5m"
     return [
         chart(
             "Time its disk spends on slow flushes",
             "Share of time that the slowest disk below the server's data spends on flushes of more than 50 ms each. "
             "Normal: nothing to show.",
-            [_line("server:shoal_disk_flush_seconds:rate5m", name)],
+            [_line(flushes, name)],
             unit="percentunit",
             colour=UTILISATION,
             links=_LINE,
@@ -522,6 +524,7 @@ def _redis(unseen: str) -> Panels:
                 levels=levels("server:shoal_redis_aof_delayed_fsync:increase5m", "ShoalRedisAofDelayedFsync"),
                 decimals=0,
             ),
+            Column("slow disk", f"{_of(flushes, by)} or {_of(writes, by)}", "percentunit", _some("warning")),
             Column(
                 "last fork",
                 _of("server:shoal_redis_latest_fork_seconds:last", by),
@@ -537,9 +540,9 @@ def _redis(unseen: str) -> Panels:
             ),
             title="Which server, and what holds it up",
             description="Of the last five minutes: stalls that it logged and put down to its append-only file, writes "
-            "held up by a flush of over 2 s, and the time that its workload waited for I/O. The last fork, in which "
-            "nobody is answered, and what a rewrite needs of its memory limit. Normal: 0, 0, under 2 %, under 200 ms, "
-            "under 95 %.",
+            "held up by a flush of over 2 s, and the time that its disk spent on flushes or writes of over 50 ms "
+            "each. The last fork, in which nobody is answered, the time that its workload waited for I/O, and what a "
+            "rewrite needs of its memory limit. Normal: 0, 0, nothing, under 200 ms, under 2 %, under 95 %.",
             sort="slow PINGs",
             unseen=unseen,
             empty="No server is watched (--redis.target, --redis.discover).",
