@@ -122,6 +122,14 @@ class Running:
         began = time.monotonic()
         return Scrape(self.get(timeout=timeout), time.monotonic() - began)
 
+    def settled(self) -> Scrape:
+        """Scrape it until the first dump of conntrack is finished, for which a scrape waits a moment only."""
+        until = time.monotonic() + 2 * _PATIENCE
+        while (scrape := self.scrape()).signals["conntrack_dump"] == "not_readable":
+            assert time.monotonic() < until, "the first dump is not finished"
+            time.sleep(0.1)
+        return scrape
+
 
 @contextmanager
 def exporter(
