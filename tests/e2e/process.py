@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["Running", "Scrape", "exporter", "fallen", "free_port", "stranger"]
+__all__ = ["WORKLOAD", "Running", "Scrape", "exporter", "fallen", "free_port", "stranger"]
 
+# The labels that tell a workload from the node.
+WORKLOAD = {"namespace", "pod", "container", "unit"}
 # A machine without KVM takes a minute for what takes a second here.
 _PATIENCE = 180 if "SHOAL_VM" in os.environ else 30
 
@@ -92,9 +94,13 @@ class Scrape:
 
 
 def fallen(before: Scrape, after: Scrape) -> list[object]:
-    """Return the counters that are there and lower than they were."""
+    """Return the counters that are there and lower than they were.
+
+    Those of workloads are left out: one that is made anew counts anew, and the machine may have those of others.
+    """
     now = after.counters
-    return [key for key, value in before.counters.items() if now.get(key, value) < value]
+    lower = [key for key, value in before.counters.items() if now.get(key, value) < value]
+    return [key for key in lower if not WORKLOAD & dict(key[1]).keys()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +121,14 @@ class Running:
         """Scrape it once."""
         began = time.monotonic()
         return Scrape(self.get(timeout=timeout), time.monotonic() - began)
+
+    def settled(self) -> Scrape:
+        """Scrape it until the first dump of conntrack is finished, for which a scrape waits a moment only."""
+        until = time.monotonic() + 2 * _PATIENCE
+        while (scrape := self.scrape()).signals["conntrack_dump"] == "not_readable":
+            assert time.monotonic() < until, "the first dump is not finished"
+            time.sleep(0.1)
+        return scrape
 
 
 @contextmanager

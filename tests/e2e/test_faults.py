@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.e2e.process import Running, Scrape, exporter, free_port
+from tests.e2e.process import WORKLOAD, Running, Scrape, exporter, free_port
 
 from shoal.kernel.netstat import read_netstat
 
@@ -32,7 +32,6 @@ pytestmark = pytest.mark.root
 
 # Alone in its PID namespace, it has only its own network namespace to tell of, in which nothing comes and goes.
 ALONE = ("unshare", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child=KILL")
-WORKLOAD = {"namespace", "pod", "container", "unit"}
 # What the exporter counts itself, and what Python and its process do.
 OWN = ("shoal_redis_ping", "process_", "python_", "shoal_http", "shoal_scrape", "shoal_neighbour")
 

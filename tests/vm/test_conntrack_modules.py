@@ -6,11 +6,12 @@ import contextlib
 import re
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 from shoal.collectors.conntrack import ConntrackCollector
 from shoal.inventory import Node
-from shoal.kernel.files import Roots
+from shoal.kernel.files import Reason, Roots
 from shoal.settings import resolve
 
 HOST = ("host", "", "", "", "")
@@ -25,7 +26,14 @@ def loaded() -> set[str]:
 def scrape() -> tuple[dict[str, dict[tuple[str, ...], float]], list[str]]:
     """Return {metric: {labels: value}} of one scrape, and the reason for the absence of each signal, or ""."""
     collector = ConntrackCollector(resolve({}, {}))
-    found = {family.metric.name: dict(family.samples) for family in collector.read(Node(Roots()))}
+    until = time.monotonic() + 60
+    while True:
+        found = {family.metric.name: dict(family.samples) for family in collector.read(Node(Roots()))}
+        dump = collector.availability.absent["conntrack_dump"]
+        # A scrape does not wait for long until the first dump is finished, and this machine is slow.
+        if dump is None or dump[0] is not Reason.NOT_READABLE or time.monotonic() > until:
+            break
+        time.sleep(0.1)
     absent = [collector.availability.absent[f"conntrack_{signal}"] for signal in SIGNALS]
     return found, [why[0].value if why else "" for why in absent]
 

@@ -64,7 +64,7 @@ def test_memory_high(tmp_path: Path) -> None:
 def test_a_clock_that_jumps(tmp_path: Path) -> None:
     """An hour forward, a day back: no counter falls, no age or duration is below 0 or of an hour, nothing times out."""
     with exporter(log=tmp_path / "log") as running:
-        scrapes = [running.scrape()]
+        scrapes = [running.settled()]
         now = time.time()
         for seconds in (3600, -86_400, 0):
             time.clock_settime(time.CLOCK_REALTIME, now + seconds)
