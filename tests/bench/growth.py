@@ -1,8 +1,9 @@
 """How the cost of a scrape grows with pods, sockets and tracked connections: `python -m tests.bench.growth`.
 
-For each of the three it builds nodes (node.py), as root, that differ in nothing else, and measures the CPU of a scrape in
-tier 2 and 3, of one that does not ask for what grows, and of what prints the same. Draws docs/growth.svg. Ends with 1 if
-the cost does not grow in proportion, or grows where nothing was asked for. Run it on a machine that does nothing else.
+For each of the three it builds nodes (node.py), as root, that differ in nothing else, and measures the CPU of a scrape
+in tier 2 and 3, of one that does not ask for what grows, and of what prints the same. Draws docs/growth.svg. Ends with
+1 if the cost does not grow in proportion, or grows where nothing was asked for. Run it on a machine that does nothing
+else.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ MOST_RISE: Final = 1.25
 _WARM_UP: Final = 3
 _PAUSE: Final = 0.05
 _TIMES: Final = 3
-# A scrape of this collector is not charged with the dump that it began when the process has been idle for so long.
+# Nothing goes on in a process that has used no CPU for so many seconds.
 _IDLE: Final = 0.3
 # Seconds for which sockets in TIME_WAIT can be relied on, of the sixty that they last.
 _RENEW: Final = 45
@@ -74,9 +75,7 @@ class Line:
 
 def _printed(node: FullNode, size: Size, *command: str) -> float:
     """Return the seconds of CPU that a program takes on the node, and in the pods that have sockets."""
-    pods = [
-        ["nsenter", f"--target={pid}", "--net", *command] for pid in node.sandboxes[: max(size.crowds - 1, 0)]
-    ]
+    pods = [["nsenter", f"--target={pid}", "--net", *command] for pid in node.sandboxes[: max(size.crowds - 1, 0)]]
     return statistics.median(clocked(node.command(*command), *pods)[1] for _ in range(_TIMES))
 
 
@@ -132,36 +131,35 @@ def cost(target: Target, query: str = "") -> float:
     return target.cpu() - before
 
 
-def measure(node: FullNode, axis: Axis, size: Size, scrapes: int, lines: dict[str, Line]) -> None:
-    """Measure one node and add a value to each line."""
+def measure(node: FullNode, axis: Axis, size: Size, scrapes: int) -> dict[str, float]:
+    """Measure one node: milliseconds of CPU, and MiB."""
     ways = (*SHOAL, *(() if axis.beside else PEERS[:1]))
-    found: dict[str, list[float]] = {}
+    without = _everything_but(*axis.asking)
     with ExitStack() as stack:
         targets = [stack.enter_context(way.run(node)) for way in ways]
+        ours = targets[: len(SHOAL)]
         for _ in range(_WARM_UP):
             for target in targets:
                 target.scrape()
+        # The first dump of the connection table is over.
+        time.sleep(1)
+        asked = [(target, f"{target.name}, CPU (ms)", "") for target in targets]
+        asked += [(target, f"{target.name} without, CPU (ms)", without) for target in ours]
+        taken: dict[str, list[float]] = {name: [] for _, name, _ in asked}
         renewed = -math.inf
-        time.sleep(_IDLE)
-        without = _everything_but(*axis.asking)
-        for target in targets[: len(SHOAL)]:
-            target.scrape(without)
         for _ in range(scrapes):
             if time.monotonic() - renewed > _RENEW:
                 node.renew_time_wait()
                 renewed = time.monotonic()
-            for target in targets:
-                found.setdefault(f"{target.name}, CPU (ms)", []).append(cost(target) * 1000)
-            for target in targets[: len(SHOAL)]:
-                found.setdefault(f"{target.name} without, CPU (ms)", []).append(cost(target, without) * 1000)
-        for target in targets[: len(SHOAL)]:
-            found[f"{target.name}, memory (MiB)"] = [target.memory("VmHWM")]
+            for target, name, query in asked:
+                taken[name].append(cost(target, query) * 1000)
+        found = {name: statistics.median(values) for name, values in taken.items()}
+        found |= {f"{target.name}, memory (MiB)": target.memory("VmHWM") for target in ours}
     if "conntrack" in axis.asking and size.entries:
-        found["a dump, CPU (ms)"] = [dump(node) * 1000]
+        found["a dump, CPU (ms)"] = dump(node) * 1000
     if axis.beside:
-        found[f"{axis.peer}, CPU (ms)"] = [axis.beside(node, size) * 1000]
-    for name, values in found.items():
-        lines.setdefault(name, Line(name)).values.append(statistics.median(values))
+        found[f"{axis.peer}, CPU (ms)"] = axis.beside(node, size) * 1000
+    return found
 
 
 def dump(node: FullNode) -> float:
@@ -180,9 +178,10 @@ def dump(node: FullNode) -> float:
 
 def _until_idle(target: Target) -> float:
     """Scrape, and return the CPU that is used until nothing goes on any more."""
-    began = now = target.cpu()
+    began = before = target.cpu()
     target.scrape()
-    while (before := now) != (now := target.cpu()):
+    while (now := target.cpu()) != before:
+        before = now
         time.sleep(_IDLE)
     return now - began
 
@@ -230,6 +229,7 @@ def draw(found: dict[str, tuple[Axis, dict[str, Line]]]) -> None:
 
     mpl.use("svg")
     from matplotlib import pyplot as plt  # noqa: PLC0415  (see above)
+    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415  (see above)
 
     # Text as text, and the same ids each time, keep the file small and its changes readable.
     plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "growth", "font.size": 9})
@@ -247,7 +247,7 @@ def draw(found: dict[str, tuple[Axis, dict[str, Line]]]) -> None:
         panel.set_ylim(bottom=0)
         panel.ticklabel_format(style="plain")
         panel.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        panel.xaxis.set_major_locator(plt.MaxNLocator(4))
+        panel.xaxis.set_major_locator(MaxNLocator(4))
         panel.grid(visible=True, linewidth=0.3)
         panel.legend(fontsize=7)
     figure.tight_layout()
@@ -258,7 +258,9 @@ def main() -> int:
     """Measure, report and draw."""
     names = [axis.name for axis in AXES]
     parser = argparse.ArgumentParser(description="How the cost of a scrape grows.")
-    parser.add_argument("axes", nargs="*", default=names, help=f"of {', '.join(names)}; all, and the picture, by default")
+    parser.add_argument(
+        "axes", nargs="*", default=names, help=f"of {', '.join(names)}; all, and the picture, by default"
+    )
     parser.add_argument("--scrapes", type=int, default=20, help="how many of each count (20)")
     arguments = parser.parse_args()
     if wrong := set(arguments.axes) - set(names):
@@ -275,7 +277,8 @@ def main() -> int:
         for size in axis.sizes:
             with full_node(size.pods, size.containers) as node:
                 node.fill(size)
-                measure(node, axis, size, arguments.scrapes, lines)
+                for name, value in measure(node, axis, size, arguments.scrapes).items():
+                    lines.setdefault(name, Line(name)).values.append(value)
         found[axis.name] = (axis, lines)
         without = ", ".join(axis.asking) if len(axis.asking) < len(available_names()) - 1 else "all but redis_aof"
         _say(f"## {axis.unit}", f"'without' leaves out {without}.", report(axis, lines))

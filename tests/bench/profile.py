@@ -1,8 +1,8 @@
 """Where the time of a scrape goes on a full node: `python -m tests.bench.profile`, with py-spy on the path.
 
 Builds the node (node.py), as root, scrapes the exporter on it one scrape after another and has py-spy(1) look a few
-hundred times a second at what its threads do, from outside. Prints which part of the samples each collector had, and each
-function by itself; and how much of the CPU was the kernel's.
+hundred times a second at what its threads do, from outside. Prints which part of the samples each collector had, and
+each function by itself; and how much of the CPU was the kernel's.
 """
 
 from __future__ import annotations
@@ -30,6 +30,14 @@ _RATE: Final = 250
 _WARM_UP: Final = 5
 _MOST: Final = 25
 _FRAME: Final = re.compile(r"^(?P<function>.+) \((?P<file>.+?)(?::\d+)?\)$")
+# By a function that the stack has, the first of these.
+_PARTS: Final = {
+    "_take_dump": "conntrack, the dump",
+    "build_inventory": "the inventory of cgroups",
+    "_label_namespaces": "the network namespaces",
+    "_body": "the text and its compression",
+    "_run_once": "the event loop and HTTP",
+}
 _COLLECTOR: Final = re.compile(r"shoal/collectors/(?!__init__)(\w+)\.py")
 
 
@@ -37,7 +45,7 @@ def record(target: Target, seconds: float) -> tuple[Counter[tuple[str, ...]], in
     """Return {stack: samples} of the exporter while it is scraped all the time, and how often that was."""
     with tempfile.TemporaryDirectory() as place:
         raw = Path(place, "raw")
-        options = ("--format", "raw", "--rate", str(_RATE), "--duration", str(round(seconds)), "--nonblocking")
+        options = ("--format", "raw", "--rate", str(_RATE), "--duration", str(round(seconds)))
         command = ["py-spy", "record", "--pid", str(target.pid), *options, "--output", str(raw)]
         scrapes = 0
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as spy:
@@ -66,19 +74,11 @@ def _place(frame: str) -> str:
 def _part(stack: tuple[str, ...]) -> str:
     """Return which part of the exporter a stack belongs to."""
     text = ";".join(stack)
-    if "_take_dump" in text:
-        return "conntrack, the dump"
-    if "build_inventory" in text:
-        return "the inventory"
-    if "_label_namespaces" in text:
-        return "network namespaces"
-    if match := _COLLECTOR.search(text.replace("collectors/__init__", "")):
-        return match[1]
-    if "_body" in text:
-        return "the text and its compression"
-    if "_run_once" in text:
-        return "the event loop and HTTP"
-    return "the rest"
+    for function, name in _PARTS.items():
+        if function in text:
+            return name
+    match = _COLLECTOR.search(text)
+    return match[1] if match else "the rest"
 
 
 def report(stacks: Counter[tuple[str, ...]]) -> str:
@@ -122,8 +122,8 @@ def main() -> int:
                 user, system = (after - first for after, first in zip(_times(target.pid), before, strict=True))
             _say(
                 f"## {arguments.size}, {way.name}",
-                f"{scrapes} scrapes, {stacks.total():,} samples. CPU for each: {user / scrapes * 1000:.0f} ms of its own "
-                f"and {system / scrapes * 1000:.0f} ms in the kernel.",
+                f"{scrapes} scrapes, {stacks.total():,} samples. CPU for each scrape: {user / scrapes * 1000:.0f} ms "
+                f"of its own and {system / scrapes * 1000:.0f} ms in the kernel.",
                 report(stacks),
             )
     return 0

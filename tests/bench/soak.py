@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import itertools
 import os
 import re
 import statistics
@@ -180,7 +181,7 @@ def soak(node: FullNode, minutes: float, say: Callable[[str], None]) -> tuple[li
 def parts(moments: Sequence[Moment]) -> list[Sequence[Moment]]:
     """Cut what was seen into so many parts of the same length."""
     ends = [len(moments) * part // PARTS for part in range(PARTS + 1)]
-    return [moments[first:last] for first, last in zip(ends, ends[1:], strict=False)]
+    return [moments[first:last] for first, last in itertools.pairwise(ends)]
 
 
 def report(moments: Sequence[Moment]) -> str:
@@ -256,8 +257,8 @@ def main() -> int:
         node.fill(SIZE)
         moments, pods = soak(node, arguments.minutes, say)
     say(
-        f"{SIZE.pods} pods with {SIZE.containers} containers stay, {COMING} more last for {COMING} s each: {pods:,} came "
-        f"and went. {SIZE.listeners} listeners, {SIZE.entries:,} tracked connections, a Redis."
+        f"{SIZE.pods} pods with {SIZE.containers} containers stay, {COMING} more last for {COMING} s each: {pods:,} "
+        f"came and went. {SIZE.listeners} listeners, {SIZE.entries:,} tracked connections, a Redis."
     )
     say(report(moments))
     wrong = grown(moments)
