@@ -24,6 +24,7 @@ from tests.bench.scrape import SHOAL, SIZES, table
 from tests.bench.target import machine
 
 if TYPE_CHECKING:
+    from tests.bench.node import FullNode
     from tests.bench.target import Target
 
 _RATE: Final = 250
@@ -41,12 +42,14 @@ _PARTS: Final = {
 _COLLECTOR: Final = re.compile(r"shoal/collectors/(?!__init__)(\w+)\.py")
 
 
-def record(target: Target, seconds: float) -> tuple[Counter[tuple[str, ...]], int]:
+def record(node: FullNode, target: Target, seconds: float) -> tuple[Counter[tuple[str, ...]], int]:
     """Return {stack: samples} of the exporter while it is scraped all the time, and how often that was."""
     with tempfile.TemporaryDirectory() as place:
         raw = Path(place, "raw")
         options = ("--format", "raw", "--rate", str(_RATE), "--duration", str(round(seconds)))
-        command = ["py-spy", "record", "--pid", str(target.pid), *options, "--output", str(raw)]
+        # In the same PID namespace, where it can tell threads that wait from those that run.
+        pid = re.findall(r"^NSpid:.*\s(\d+)$", Path(f"/proc/{target.pid}/status").read_text(), re.MULTILINE)[0]
+        command = node.command("py-spy", "record", "--pid", pid, *options, "--output", str(raw))
         scrapes = 0
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as spy:
             while spy.poll() is None:
@@ -118,7 +121,7 @@ def main() -> int:
                     target.scrape()
                 time.sleep(1)
                 before = _times(target.pid)
-                stacks, scrapes = record(target, arguments.seconds)
+                stacks, scrapes = record(node, target, arguments.seconds)
                 user, system = (after - first for after, first in zip(_times(target.pid), before, strict=True))
             _say(
                 f"## {arguments.size}, {way.name}",

@@ -131,16 +131,15 @@ def parse_entries(messages: Iterable[bytes]) -> Iterator[Entry]:
     make = partial(tuple.__new__, Entry)
     for number, message in enumerate(messages, 1):
         whole = int.from_bytes(message, "little")
-        for mask, headers, unpack_values, order in known.get(len(message), ()):
-            if whole & mask == headers:
+        for layout in known.get(len(message), ()):
+            if whole & layout.mask == layout.headers:
                 break
         else:
             layout = _learn(message, number)
             if sum(map(len, known.values())) >= _MOST_LAYOUTS:
                 known.clear()
             known.setdefault(len(message), []).append(layout)
-            _, _, unpack_values, order = layout
-        yield make(order(unpack_values(message) + _DEFAULTS))
+        yield make(layout.order(layout.unpack_values(message) + _DEFAULTS))
 
 
 def read_entries(reduce: Callable[[Iterator[Entry]], T], *, opener: SocketOpener = open_socket) -> T:
