@@ -166,7 +166,7 @@ def test_memory_for_each_sample(tmp_path: Path) -> None:
     assert samples > 20 * 3
     assert blocks / samples <= 5
     # The label part of a line is made once, and there is no more of it than there are sets of labels. What other tests
-    # have left to be remembered is forgotten by now and then.
+    # left to be remembered is let go in the first two.
     render(families, openmetrics=True)
     render(families, openmetrics=True)
     gc.collect()
