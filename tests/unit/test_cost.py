@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import subprocess
 import sys
 import tracemalloc
 from collections import Counter
@@ -149,6 +150,38 @@ def test_what_is_allocated_for_each_sample(tmp_path: Path) -> None:
         assert text.count(b"\n") > samples[-1]
     each = (peaks[1] - peaks[0]) / (samples[1] - samples[0])
     assert each <= 250
+
+
+START = """
+import asyncio, os, sys
+from shoal import cli
+
+def run(serving):
+    serving.close()
+    client = sys.modules["aiohttp.connector"]
+    for context in (client._SSL_CONTEXT_VERIFIED, client._SSL_CONTEXT_UNVERIFIED):
+        print(context.cert_store_stats()["x509"], context.verify_mode.name)
+    print(os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
+
+asyncio.run = run
+cli.main(["--web.listen-address=127.0.0.1:0"])
+"""
+
+
+def test_no_authorities_are_read_to_serve(tmp_path: Path) -> None:
+    """Those that aiohttp's client would trust are read for nobody, and the environment stays as it was."""
+    authority = tmp_path / "authority.pem"
+    making = ("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
+    subprocess.run(
+        [*making, "-subj", "/CN=authority", "-keyout", tmp_path / "key.pem", "-out", authority],
+        check=True,
+        capture_output=True,
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "SSL_CERT_DIR"}
+    environment["SSL_CERT_FILE"] = str(authority)
+    command = [sys.executable, "-c", START]
+    said = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    assert said.splitlines() == ["0 CERT_REQUIRED", "0 CERT_NONE", f"{authority} None"]
 
 
 def test_memory_for_each_sample(tmp_path: Path) -> None:
