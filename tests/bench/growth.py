@@ -195,7 +195,7 @@ def report(axis: Axis, lines: dict[str, Line]) -> str:
     """Return the table, with what a thousand more of it cost in its last column."""
     amounts = [axis.amount(size) for size in axis.sizes]
     per = 1 if axis.name == "pods" else 1000
-    rows = [(axis.name, *(f"{amount:,}" for amount in amounts), f"for each {per:,}".replace(" 1", "") + " more")]
+    rows = [(axis.name, *(f"{amount:,}" for amount in amounts), "for each more" if per == 1 else f"for {per:,} more")]
     for line in lines.values():
         rise = slope(amounts, line.values) * per
         rows.append((line.name, *(f"{value:.1f}" for value in line.values), f"{rise:.3f}"))
