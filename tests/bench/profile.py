@@ -39,6 +39,10 @@ _PARTS: Final = {
     "_body": "the text and its compression",
     "_run_once": "the event loop and HTTP",
 }
+# Where a thread is that waits for something to do, or for another thread: none of these takes time of the CPU.
+_WAITING: Final = re.compile(
+    r"(?:^_worker|^wait|\.wait|\.select|_Watch\._turn|\._wait_for_tstate_lock|_Once\.get) \([^)]*\)$"
+)
 _COLLECTOR: Final = re.compile(r"shoal/collectors/(?!__init__)(\w+)\.py")
 
 
@@ -60,7 +64,8 @@ def record(node: FullNode, target: Target, seconds: float) -> tuple[Counter[tupl
         stacks: Counter[tuple[str, ...]] = Counter()
         for line in raw.read_text().splitlines():
             stack, _, samples = line.rpartition(" ")
-            stacks[tuple(stack.split(";"))] += int(samples)
+            if not _WAITING.search(stack.rpartition(";")[2]):
+                stacks[tuple(stack.split(";"))] += int(samples)
         return stacks, scrapes
 
 
