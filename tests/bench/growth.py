@@ -154,6 +154,9 @@ def measure(node: FullNode, axis: Axis, size: Size, scrapes: int) -> dict[str, f
             if time.monotonic() - renewed > _RENEW:
                 node.renew_time_wait()
                 renewed = time.monotonic()
+                for target in targets:
+                    # That may take longer than an exporter keeps a connection on which nobody asks.
+                    target.connection.close()
             for target, name, query in asked:
                 taken[name].append(cost(target, query) * 1000)
         found = {name: statistics.median(values) for name, values in taken.items()}

@@ -198,9 +198,7 @@ def test_memory_for_each_sample(tmp_path: Path) -> None:
     samples = sum(len(family.samples) for family in families)
     assert samples > 20 * 3
     assert blocks / samples <= 5
-    # The label part of a line is made once, and there is no more of it than there are sets of labels. What other tests
-    # left to be remembered is let go in the first two.
-    render(families, openmetrics=True)
+    # The label part of a line is made once, and there is no more of it than there are sets of labels.
     render(families, openmetrics=True)
     gc.collect()
     before = sys.getallocatedblocks()
