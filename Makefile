@@ -7,6 +7,7 @@
 # make test-vm      what else only a stock kernel can show: KERNEL=6.1
 # make fuzz         ten thousand bad inputs for every parser
 # make bench        cost of a scrape beside its peers: BENCH='idle', 'full', 'monster'   make bench-rules  the rule pack for a thousand nodes
+# make growth       cost against pods, sockets and connections; draws docs/growth.svg    make soak  an hour, a scrape a second
 # make rule-tests   after an alert is added, renamed or removed     make rules-next   the rule pack in a current promtool
 # make docs         write docs/metrics.md and the chart's README    make format       lay the code out as CI wants it
 # make dashboards   grafana/*.json, from grafana/*.py and the rules   make pictures     draw them for the README
@@ -18,8 +19,8 @@ KERNEL ?= 6.1
 STOCK := oom_kill memory_high delays code_eviction run_queue
 BIN := .venv/bin
 
-.PHONY: run test test-vm test-systemd fuzz check lint unit bench bench-rules rule-tests rules-next lab lab-vm lab-vm-all lab-list demo \
-    docs dashboards pictures chart image lock format clean
+.PHONY: run test test-vm test-systemd fuzz check lint unit bench growth soak bench-rules rule-tests rules-next lab lab-vm \
+    lab-vm-all lab-list demo docs dashboards pictures chart image lock format clean
 .DELETE_ON_ERROR:
 
 run: .venv/run
@@ -65,6 +66,16 @@ test-systemd: .venv/dev
 bench: .venv/dev
 	tests/packages.sh
 	$(BIN)/python -m tests.bench.scrape $(BENCH)
+
+# Half an hour; docs/benchmarks.md has what it showed.
+growth: .venv/dev
+	tests/packages.sh
+	$(BIN)/python -m tests.bench.growth
+
+# SOAK='--minutes 6' is for a first look.
+soak: .venv/dev
+	tests/packages.sh
+	$(BIN)/python -m tests.bench.soak $(SOAK)
 
 # LAB is for more: make lab LAB='--resolve-within 420 listen_queue'
 lab: .venv/dev

@@ -11,6 +11,7 @@ need() { # program package
 need promtool prometheus
 need amtool prometheus-alertmanager
 need prometheus-node-exporter prometheus-node-exporter
+need prometheus-redis-exporter prometheus-redis-exporter
 need redis-server redis-server
 need redis-cli redis-tools
 need ip iproute2

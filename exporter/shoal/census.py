@@ -11,8 +11,9 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from enum import StrEnum
+from operator import itemgetter
 from socket import IPPROTO_SCTP, IPPROTO_TCP, IPPROTO_UDP
-from typing import TYPE_CHECKING, Final, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar, cast
 
 from shoal.kernel.netlink.conntrack_entries import DST_NAT, ESTABLISHED, EXPECTED, SEEN_REPLY, Entry
 
@@ -41,6 +42,25 @@ _STAYS_SECONDS: Final = 150.0
 # (nf_conntrack_tcp_timeout_{unacknowledged,max_retrans}). A peer that lives acknowledges within two seconds.
 _UNACKNOWLEDGED_SECONDS: Final = 300
 _ACKNOWLEDGING_SECONDS: Final = 2
+
+
+def _fields(*names: str) -> Callable[[Entry], tuple[Any, ...]]:
+    """Return what takes these fields from an entry by their places: half the time that it takes by their names."""
+    return itemgetter(*map(Entry._fields.index, names))
+
+
+_ENDS: Final = _fields("source", "destination", "destination_port", "protocol", "reply_source")
+_REPLY: Final = _fields(
+    *(
+        "source",
+        "source_port",
+        "reply_source",
+        "reply_source_port",
+        "reply_destination",
+        "reply_destination_port",
+        "zone",
+    )
+)
 
 
 class BoundedCounts(Generic[K]):
@@ -180,8 +200,12 @@ def take(
     hash, so the first ones of a table that is too large are a fair sample of it.
     """
     census = Census()
-    owner_of, own = surroundings.owners.get, surroundings.own_addresses
-    owners, add_destination = census.owners, census.destinations.add
+    owners, own = surroundings.owners, surroundings.own_addresses
+    # Counted by address first, and only those that have an owner: an owner's labels take longer to look up.
+    opened: dict[bytes, int] = {}
+    answered: dict[bytes, int] = {}
+    # Tuples as they are; a `Destination` takes five times as long to make, and is the same to a dictionary.
+    add_destination = cast("Callable[[tuple[int, bytes, int]], None]", census.destinations.add)
     began = now = time.monotonic()
     for entry in entries:
         if census.entries == most:
@@ -190,16 +214,19 @@ def take(
         census.entries += 1
         if not census.entries % _STEP:
             now = _keep_pace(began + census.entries / entries_per_second)
-        source, _, destination, port, protocol, replier, *_ = entry
-        if owner := owner_of(source):
-            owners[owner, Direction.FROM] += 1
-        elif owner := owner_of(replier):
-            owners[owner, Direction.TO] += 1
-        add_destination(Destination(protocol, destination, port))
+        source, destination, port, protocol, replier = _ENDS(entry)
+        if source in owners:
+            opened[source] = opened.get(source, 0) + 1
+        elif replier in owners:
+            answered[replier] = answered.get(replier, 0) + 1
+        add_destination((protocol, destination, port))
         if protocol in _WITH_PORTS:
             _count_port(entry, census, own)
             if replier != destination and replier not in own:
                 _suspect(entry, census, surroundings.is_backend, before.candidates, now)
+    for direction, found in ((Direction.FROM, opened), (Direction.TO, answered)):
+        for address, number in found.items():
+            census.owners[owners[address], direction] += number
     return census
 
 
@@ -214,16 +241,16 @@ def _keep_pace(due: float) -> float:
 
 def _count_port(entry: Entry, census: Census, own: frozenset[bytes]) -> None:
     """Count the port that answers are sent to, if it is one that source NAT could have chosen."""
-    if entry.reply_destination_port < _FIRST_PORT:
+    source, source_port, replier, replier_port, target, port, zone = _REPLY(entry)
+    if port < _FIRST_PORT:
         return
-    if entry.reply_destination != entry.source or entry.reply_destination_port != entry.source_port:
+    if target != source or port != source_port:
         counts = census.translated
-    elif entry.reply_destination in own:
+    elif target in own:
         counts = census.untranslated
     else:
         return
-    _, _, _, _, protocol, replier, replier_port, source, *_, zone = entry
-    counts.add(Ports(zone, protocol, source, replier, replier_port))
+    counts.add(Ports(zone, entry.protocol, target, replier, replier_port))
 
 
 def _suspect(

@@ -95,6 +95,14 @@ class FullNode:
         """Make the sockets in TIME_WAIT anew, which last for a minute."""
         self._order("renew")
 
+    def begin_pod(self, number: int) -> None:
+        """Start a pod more, with two containers. Numbers begin where those of the node's own pods end."""
+        self._order("begin", number)
+
+    def end_pod(self, number: int) -> None:
+        """Kill a pod that `begin_pod` started, and remove all that was made for it."""
+        self._order("end", number)
+
     def command(self, *command: str, privileges: Sequence[str] = ("--no-new-privs",)) -> list[str]:
         """Return the command that runs this one on the node, as a unit of systemd's."""
         enter = ("nsenter", f"--target={self.pid}", "--mount", "--pid", "--net", "--cgroup")

@@ -10,6 +10,8 @@ import ctypes
 import json
 import os
 import resource
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -17,22 +19,24 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
-from tests.bench.pods import SANDBOX
+from tests.bench.pods import SANDBOX, Pod
 from tests.bench.pods import pods as make_pods
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from tests.bench.pods import Pod
+    from collections.abc import Callable, Sequence
 
 _LIBC: Final = ctypes.CDLL(None, use_errno=True)
 _CLONE_NEWNET: Final = 0x40000000
 _MS_BIND: Final = 4096
+_MNT_DETACH: Final = 2
 
 # A crowd: 5,000 connections within loopback are 10,000 sockets.
 _CONNECTIONS: Final = 5_000
 _TIME_WAIT: Final = 10_000
 _FILES: Final = 2 * _CONNECTIONS + 100
+
+# Of a pod that comes and goes.
+_CONTAINERS_OF_ONE: Final = 2
 
 _FIRST_PORT: Final = 8080
 _SERVICE: Final = "10.96.0.10"
@@ -56,6 +60,11 @@ def _check(result: int) -> None:
 
 def _mount(source: str, target: str, fstype: str, flags: int = 0, options: str = "") -> None:
     _check(_LIBC.mount(source.encode(), target.encode(), fstype.encode(), flags, options.encode()))
+
+
+def _umount(target: str) -> None:
+    """Take a mount away from the tree, as container runtimes do, though somebody may just be looking into it."""
+    _check(_LIBC.umount2(target.encode(), _MNT_DETACH))
 
 
 def _ip(*lines: str) -> None:
@@ -116,14 +125,42 @@ class Node:
             "route add default via 192.0.2.1 dev eth0",
             f"neighbour add 192.0.2.1 lladdr {_GATEWAY_MAC} dev eth0 nud permanent",
         )
-        for pod in self.pods:
+        self._begin(self.pods)
+        return {"sandboxes": [self._sandbox(pod) for pod in self.pods]}
+
+    def _begin(self, pods: Sequence[Pod]) -> None:
+        for pod in pods:
             self._lay_out(pod)
             _wait(_fork(lambda pod=pod: self._start(pod)))  # type: ignore[misc]
         _ip(
-            *(f"link set veth{pod.number} up" for pod in self.pods),
-            *(f"route add {pod.address}/32 dev veth{pod.number}" for pod in self.pods),
+            *(f"link set veth{pod.number} up" for pod in pods),
+            *(f"route add {pod.address}/32 dev veth{pod.number}" for pod in pods),
         )
-        return {"sandboxes": [self._sandbox(pod) for pod in self.pods]}
+
+    def begin(self, number: int) -> None:
+        """Start one pod more."""
+        self._begin([Pod(number, _CONTAINERS_OF_ONE)])
+
+    def end(self, number: int) -> None:
+        """Kill what runs in a pod and remove what was made for it; its veth pair and route go with its namespace."""
+        pod = Pod(number, _CONTAINERS_OF_ONE)
+        scopes = [self._cgroups / pod.cgroup(each) for each in range(SANDBOX, pod.containers)]
+        for scope in scopes:
+            # Each has only what it was started as, and whose parent is gone is process 1's.
+            process = int((scope / "cgroup.procs").read_text())
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+        for cgroup in (*scopes, scopes[0].parent):
+            cgroup.rmdir()
+        _umount(pod.netns)
+        os.unlink(pod.netns)
+        layers = Path("/run/layers", pod.uid)
+        for root in layers.glob("*/root"):
+            _umount(str(root))
+        shutil.rmtree(layers)
+        shutil.rmtree(f"/var/log/pods/{pod.namespace}_{pod.name}_{pod.uid}")
+        for log in Path("/var/log/containers").glob(f"{pod.name}_*"):
+            log.unlink()
 
     def _sandbox(self, pod: Pod) -> int:
         return int((self._cgroups / pod.cgroup(SANDBOX) / "cgroup.procs").read_text())
@@ -224,6 +261,8 @@ class Node:
 
     def renew(self) -> None:
         """Have those who hold sockets make theirs in TIME_WAIT anew, once the last ones have given back their ports."""
+        if not self._holders:
+            return
         time.sleep(max(0.0, self._renewable - time.monotonic()))
         for orders, _ in self._holders:
             os.write(orders, b"x")
@@ -263,7 +302,7 @@ class Node:
         backends = ", ".join(f"{number} : {pod.address}" for number, pod in enumerate(self.pods[:4]))
         subprocess.run(["nft", "-f", "-"], input=_RULES % (_SERVICE, backends), text=True, check=True)
         # Unanswered flows are forgotten after 30 s; this setting is each namespace's own.
-        Path("/proc/sys/net/netfilter/nf_conntrack_udp_timeout").write_text("3600")
+        Path("/proc/sys/net/netfilter/nf_conntrack_udp_timeout").write_text("86400")
         each = -(-entries // len(self.pods))
         for pod in self.pods:
             _wait(_fork(lambda pod=pod: _send(pod, each)))  # type: ignore[misc]
@@ -296,7 +335,12 @@ def main() -> None:
     mount, cgroup, pods, containers = sys.argv[1:]
     node = Node(mount, cgroup, int(pods), int(containers))
     _say(node.build())
-    orders: dict[str, Callable[..., None]] = {"fill": node.fill, "renew": node.renew}
+    orders: dict[str, Callable[..., None]] = {
+        "fill": node.fill,
+        "renew": node.renew,
+        "begin": node.begin,
+        "end": node.end,
+    }
     for line in sys.stdin:
         order, *numbers = line.split()
         orders[order](*map(int, numbers))

@@ -43,7 +43,7 @@ class Pod:
     @property
     def address(self) -> str:
         """The address of its end of the veth pair."""
-        return f"10.244.0.{self.number + 2}"
+        return f"10.244.{self.number + 2 >> 8}.{self.number + 2 & 0xFF}"
 
     @property
     def netns(self) -> str:

@@ -92,7 +92,9 @@ class Way:
         """Run it on the node, with more options."""
         words = [*(program or self.program), *self.options, *options]
         if words[0].startswith(("-", "/")):
-            words = ["env", f"PYTHONPATH={EXPORTER}:{REPOSITORY}", sys.executable, *words]
+            # What is installed is compiled. The first run does it, if the environment says otherwise.
+            environment = ("--unset=PYTHONDONTWRITEBYTECODE", f"PYTHONPATH={EXPORTER}:{REPOSITORY}")
+            words = ["env", *environment, sys.executable, *words]
         command = node.command(*words, privileges=self.privileges or ("--no-new-privs",))
         # The connection is made in the node's network namespace, and stays there.
         return running(self.name, command, there=partial(open_in_namespace, "/proc", node.pid), output=output)

@@ -1,4 +1,4 @@
-"""What a scrape costs whatever the machine: the files opened for each pod, and the memory for each sample.
+"""What a scrape costs on any machine: files, reads and calls for each pod, memory and allocations for each sample.
 
 How long it takes is for `make bench` to say, which no test can.
 """
@@ -8,7 +8,9 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,22 +70,22 @@ def calls(monkeypatch: pytest.MonkeyPatch, work: Callable[[], object]) -> Counte
 
 
 @pytest.mark.parametrize(
-    ("collectors", "opened"),
+    ("collectors", "opened", "read"),
     [
         # Both directories, and of the container cpu.pressure, memory.pressure and io.pressure.
-        (("pressure",), 5),
-        # Of both the directory, cpu.stat and cpu.max.burst.
-        (("delays",), 6),
+        (("pressure",), 5, 3),
+        # Of both the directory, cpu.stat and cpu.max.burst, which this kernel has not got.
+        (("delays",), 6, 2),
         # Of both the directory, memory.current, high, max and peak, of the container memory.events and .local, and of
         # the pod memory.max and the directory once more, as that is what limits the container.
         # memory.stat, which the kernel takes longest to write, is read only of what comes near a limit.
-        (("memory",), 14),
-        (("pressure", "delays", "memory"), 25),
+        (("memory",), 14, 11),
+        (("pressure", "delays", "memory"), 25, 16),
     ],
     ids=str,
 )
-def test_files_opened_for_each_pod(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, collectors: tuple[str, ...], opened: int
+def test_files_opened_and_read_for_each_pod(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, collectors: tuple[str, ...], opened: int, read: int
 ) -> None:
     """One pod more, with one container, wants so many more; what is not asked for wants none."""
     found = []
@@ -94,12 +96,92 @@ def test_files_opened_for_each_pod(
         found.append(calls(monkeypatch, lambda chosen=chosen, node=node: [one.read(node) for one in chosen]))  # type: ignore[misc]
     more = found[1] - found[0]
     assert more["open"] / 10 == opened
-    # Directories are not read, of a file the end is read too.
-    assert more["read"] / 10 <= 2 * opened
+    # Directories are not read, nor is what is not there; of a file the end is read too, and nothing is read twice.
+    assert more["read"] / 10 == 2 * read
     # The walk looks at each once, and lists only what has others below it.
     assert more["stat"] / 10 <= 2
     assert more["scandir"] / 10 <= 1
     assert more["listdir"] == 0
+
+
+@pytest.mark.parametrize(("collector", "most"), [("pressure", 260), ("delays", 300), ("memory", 500)])
+def test_calls_for_each_pod(tmp_path: Path, collector: str, most: int) -> None:
+    """One pod more takes so many calls, of functions in Python and in C, from the walk to the text of its samples."""
+
+    def count(number: int) -> int:
+        roots = lay_out(tmp_path / str(number), number)
+        reading = load(collector)(resolve({}, {}))
+        # What is remembered from one scrape to the next is there in the second.
+        render(reading.read(Node(roots)), openmetrics=True)
+        counted = 0
+
+        def profile(_frame: object, event: str, _argument: object) -> None:
+            nonlocal counted
+            counted += event in ("call", "c_call")
+
+        sys.setprofile(profile)
+        try:
+            render(reading.read(Node(roots)), openmetrics=True)
+        finally:
+            sys.setprofile(None)
+        return counted
+
+    each = (count(20) - count(10)) / 10
+    assert most / 2 <= each <= most
+
+
+def test_what_is_allocated_for_each_sample(tmp_path: Path) -> None:
+    """At its highest a scrape holds the samples and their text twice, as lines and as a whole, and little beside."""
+    peaks, samples = [], []
+    for number in (10, 60):
+        roots = lay_out(tmp_path / str(number), number)
+        collector = load("memory")(resolve({}, {}))
+        render(collector.read(Node(roots)), openmetrics=True)
+        node = Node(roots)
+        node.inventory()
+        tracemalloc.start()
+        try:
+            families = collector.read(node)
+            text = render(families, openmetrics=True)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+        samples.append(sum(len(family.samples) for family in families))
+        assert text.count(b"\n") > samples[-1]
+    each = (peaks[1] - peaks[0]) / (samples[1] - samples[0])
+    assert each <= 250
+
+
+START = """
+import asyncio, os, sys
+from shoal import cli
+
+def run(serving):
+    serving.close()
+    client = sys.modules["aiohttp.connector"]
+    for context in (client._SSL_CONTEXT_VERIFIED, client._SSL_CONTEXT_UNVERIFIED):
+        print(context.cert_store_stats()["x509"], context.verify_mode.name)
+    print(os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
+
+asyncio.run = run
+cli.main(["--web.listen-address=127.0.0.1:0"])
+"""
+
+
+def test_no_authorities_are_read_to_serve(tmp_path: Path) -> None:
+    """Those that aiohttp's client would trust are read for nobody, and the environment stays as it was."""
+    authority = tmp_path / "authority.pem"
+    making = ("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
+    subprocess.run(
+        [*making, "-subj", "/CN=authority", "-keyout", tmp_path / "key.pem", "-out", authority],
+        check=True,
+        capture_output=True,
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "SSL_CERT_DIR"}
+    environment["SSL_CERT_FILE"] = str(authority)
+    command = [sys.executable, "-c", START]
+    said = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    assert said.splitlines() == ["0 CERT_REQUIRED", "0 CERT_NONE", f"{authority} None"]
 
 
 def test_memory_for_each_sample(tmp_path: Path) -> None:

@@ -13,10 +13,16 @@ from typing import TYPE_CHECKING
 import pytest
 
 from shoal.kernel.files import Reason, Unavailable
-from shoal.kernel.namespaces import find_network_namespaces, namespace_id, namespace_inode, open_in_namespace
+from shoal.kernel.namespaces import (
+    find_network_namespaces,
+    namespace_id,
+    namespace_inode,
+    open_in_namespace,
+    visit_namespaces,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 pytestmark = pytest.mark.root
 
@@ -68,6 +74,30 @@ def test_a_socket_is_opened_inside_and_nobody_is_left_there(stranger: subprocess
     while (inside := _namespaces_of_threads()) != {before} and time.monotonic() < deadline:
         time.sleep(0.01)
     assert inside == {before}
+
+
+def test_one_thread_goes_from_namespace_to_namespace(stranger: subprocess.Popen[bytes]) -> None:
+    """Each is entered, one that is gone is the visitor's to pass over, and the thread is left in none of them."""
+    own = namespace_inode("/proc", os.getpid())
+    there = namespace_inode("/proc", stranger.pid)
+
+    def visit(enter: Callable[[int], None]) -> list[tuple[int, int]]:
+        seen = []
+        for pid in (stranger.pid, os.getpid(), stranger.pid):
+            enter(pid)
+            seen.append((threading.get_native_id(), os.stat("/proc/thread-self/ns/net").st_ino))
+        with pytest.raises(Unavailable):
+            enter(0)
+        return seen
+
+    before = len(os.listdir("/proc/self/fd"))
+    threads, namespaces = zip(*visit_namespaces("/proc", visit), strict=True)
+    assert namespaces == (there, own, there)
+    assert len(set(threads)) == 1
+    assert threads[0] != threading.get_native_id()
+    assert namespace_inode("/proc", os.getpid()) == own
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("shoal-netns")]
 
 
 def test_what_the_opener_raises_comes_out(stranger: subprocess.Popen[bytes]) -> None:

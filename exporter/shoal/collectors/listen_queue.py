@@ -11,13 +11,12 @@ from shoal.collectors import Collector, register
 from shoal.families import Family, KeptSums, Metric
 from shoal.inventory import NETNS_LABELS, OWNER_LABELS, LabelledNamespace, Node, Owner
 from shoal.kernel.files import ParseError, Reason, Unavailable, Vanished
-from shoal.kernel.namespaces import open_in_namespace
-from shoal.kernel.netlink.core import Subsystem, open_socket
+from shoal.kernel.namespaces import visit_namespaces
 from shoal.kernel.netlink.sock_diag import read_listeners
 from shoal.kernel.sysctls import read_sysctl
 
 if TYPE_CHECKING:
-    import socket
+    from collections.abc import Callable
 
     from shoal.kernel.netlink.sock_diag import Listener
     from shoal.settings import Settings
@@ -262,25 +261,22 @@ def _queue_lengths() -> dict[int, int]:
 def _enter(node: Node) -> list[_Found]:
     """Read the listeners of every other namespace; one that ends meanwhile is left out, a refusal ends the signal."""
     own = node.own_network_namespace()
-    found: list[_Found] = []
-    for space in node.network_namespaces():
-        if own is not None and space.id == own.id:
-            continue
-        try:
-            found += [(space.labels, one) for one in _inside(node, space)]
-        except Vanished:
-            continue
-        except Unavailable as error:
-            if error.reason is not Reason.NOT_IN_KERNEL:
-                raise
-    return found
+    others = [space for space in node.network_namespaces() if own is None or space.id != own.id]
 
+    def visit(enter: Callable[[int], None]) -> list[_Found]:
+        found: list[_Found] = []
+        for space in others:
+            try:
+                enter(space.pid)
+                found += [(space.labels, one) for one in read_listeners()]
+            except Vanished:
+                continue
+            except Unavailable as error:
+                if error.reason is not Reason.NOT_IN_KERNEL:
+                    raise
+        return found
 
-def _inside(node: Node, space: LabelledNamespace) -> list[Listener]:
-    def opener(subsystem: Subsystem) -> socket.socket:
-        return open_in_namespace(node.roots.proc, space.pid, lambda: open_socket(subsystem))
-
-    return read_listeners(opener=opener)
+    return visit_namespaces(node.roots.proc, visit)
 
 
 def _grouped(node: Node, found: list[_Found]) -> dict[tuple[str, ...], list[Listener]]:

@@ -8,6 +8,7 @@ kernel without the module load it (see `shoal.kernel.modules`). Nothing is reset
 from __future__ import annotations
 
 import struct
+from functools import partial
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
@@ -107,10 +108,13 @@ _DEFAULTS: Final = (None, 0, None, 0, None, None, 0, None, 0, 0, None, None, Non
 
 
 class _Layout(NamedTuple):
-    """Where things are in messages whose attributes have these headers."""
+    """Where things are in messages whose attributes have these headers.
 
-    unpack_headers: Callable[[bytes], tuple[Any, ...]]
-    headers: tuple[Any, ...]
+    A message is one number, little-endian, of which `mask` leaves the headers.
+    """
+
+    mask: int
+    headers: int
     unpack_values: Callable[[bytes], tuple[Any, ...]]
     order: Callable[[tuple[Any, ...]], tuple[Any, ...]]
 
@@ -123,10 +127,12 @@ def parse_entries(messages: Iterable[bytes]) -> Iterator[Entry]:
     comparing the headers of all attributes: a message that differs in any length or type is walked anew.
     """
     known: dict[int, list[_Layout]] = {}
-    make = Entry._make
+    # What `Entry._make` does, without a call in Python for each.
+    make = partial(tuple.__new__, Entry)
     for number, message in enumerate(messages, 1):
+        whole = int.from_bytes(message, "little")
         for layout in known.get(len(message), ()):
-            if layout.unpack_headers(message) == layout.headers:
+            if whole & layout.mask == layout.headers:
                 break
         else:
             layout = _learn(message, number)
@@ -149,12 +155,13 @@ def read_entries(reduce: Callable[[Iterator[Entry]], T], *, opener: SocketOpener
 
 def _learn(message: bytes, number: int) -> _Layout:
     """Walk one message and return its layout. Raises `ParseError`."""
-    headers, values = "", ">"
-    header_end = value_end = 0
+    mask = bytearray(len(message))
+    values = ">"
+    value_end = 0
     places: list[int] = []
     for path, offset, length in _walk(message, number):
-        headers += f"{offset - header_end}xI"
         header_end = offset + _ATTRIBUTE_BYTES
+        mask[offset:header_end] = b"\xff" * _ATTRIBUTE_BYTES
         place, formats = _WANTED.get(path, (-1, {}))
         if place < 0 or place in places:
             continue
@@ -167,12 +174,11 @@ def _learn(message: bytes, number: int) -> _Layout:
     for place, name in _REQUIRED.items():
         if place not in places:
             raise ParseError(_FILE, number, f"a {name}")
-    end = len(message)
-    read_headers = struct.Struct(f"={headers}{end - header_end}x")
-    read_values = struct.Struct(f"{values}{end - value_end}x")
+    read_values = struct.Struct(f"{values}{len(message) - value_end}x")
     # Values come in the message's order, followed by the defaults.
     order = [places.index(place) if place in places else len(places) + place for place in range(len(_DEFAULTS))]
-    return _Layout(read_headers.unpack, read_headers.unpack(message), read_values.unpack, itemgetter(*order))
+    bits = int.from_bytes(mask, "little")
+    return _Layout(bits, int.from_bytes(message, "little") & bits, read_values.unpack, itemgetter(*order))
 
 
 def _walk(message: bytes, number: int) -> Iterator[tuple[tuple[int, ...], int, int]]:

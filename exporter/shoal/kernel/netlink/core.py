@@ -131,6 +131,12 @@ def split(datagram: bytes, file: str = "netlink") -> Iterator[Message]:
 
     Lengths are rounded up to 4 bytes between messages; the last one may go without its padding.
     """
+    for kind, flags, sequence, port, start, stop in _headers(datagram, file):
+        yield Message(kind, flags, sequence, port, datagram[start:stop])
+
+
+def _headers(datagram: bytes, file: str) -> Iterator[tuple[int, int, int, int, int, int]]:
+    """Yield kind, flags, sequence number and port of each message, and where its body begins and ends."""
     unpack = _HEADER.unpack_from
     end = len(datagram)
     offset = 0
@@ -143,7 +149,7 @@ def split(datagram: bytes, file: str = "netlink") -> Iterator[Message]:
         length, kind, flags, sequence, port = unpack(datagram, offset)
         if not _HEADER_BYTES <= length <= left:
             raise ParseError(file, number, f"a length from {_HEADER_BYTES} to {left} bytes, found {length}")
-        yield Message(kind, flags, sequence, port, datagram[offset + _HEADER_BYTES : offset + length])
+        yield kind, flags, sequence, port, offset + _HEADER_BYTES, offset + length
         offset += (length + 3) & ~3
 
 
@@ -246,17 +252,27 @@ class NetlinkSocket:
 
     def _stream(self, message_type: int, payload: bytes, flags: int) -> Iterator[bytes]:
         self._send(message_type, payload, NLM_F_REQUEST | NLM_F_DUMP | flags)
+        name, own = self._name, (self._sequence, self._port)
+        deadline = time.monotonic() + self._timeout
         while True:
-            for message in self._receive():
-                if message.flags & NLM_F_DUMP_INTR:
-                    raise _SpoiltError(Reason.NOT_READABLE, f"{self._name}: the table keeps changing while it is read")
-                if message.kind >= _NLMSG_MIN_TYPE:
-                    yield message.body
+            datagram = self._datagram(deadline)
+            ours = False
+            # No `Message` is made of what there may be hundreds of thousands of.
+            for kind, marks, sequence, port, start, stop in _headers(datagram, name):
+                if (sequence, port) != own:
                     continue
-                self._check(message)
-                if message.kind == _NLMSG_DONE:
+                ours = True
+                if marks & NLM_F_DUMP_INTR:
+                    raise _SpoiltError(Reason.NOT_READABLE, f"{name}: the table keeps changing while it is read")
+                if kind >= _NLMSG_MIN_TYPE:
+                    yield datagram[start:stop]
+                    continue
+                self._check(Message(kind, marks, sequence, port, datagram[start:stop]))
+                if kind == _NLMSG_DONE:
                     self._idle = True
                     return
+            if ours:
+                deadline = time.monotonic() + self._timeout
 
     def _connect(self) -> None:
         try:
@@ -294,6 +310,17 @@ class NetlinkSocket:
         """
         sequence, port = self._sequence, self._port
         deadline = time.monotonic() + self._timeout
+        while True:
+            own = [
+                message
+                for message in split(self._datagram(deadline), self._name)
+                if message.sequence == sequence and message.port == port
+            ]
+            if own:
+                return own
+
+    def _datagram(self, deadline: float) -> bytes:
+        """Return the next datagram of the kernel's that comes before the deadline (time.monotonic())."""
         while time.monotonic() < deadline:
             try:
                 datagram, _, flags, sender = self._socket.recvmsg(_DATAGRAM_BYTES)
@@ -305,13 +332,7 @@ class NetlinkSocket:
                 continue
             if flags & socket.MSG_TRUNC:
                 raise Unavailable(Reason.NOT_READABLE, f"{self._name} sent more than {_DATAGRAM_BYTES} bytes at once")
-            own = [
-                message
-                for message in split(datagram, self._name)
-                if message.sequence == sequence and message.port == port
-            ]
-            if own:
-                return own
+            return datagram
         raise Unavailable(Reason.NOT_READABLE, f"{self._name} did not answer within {self._timeout} s")
 
     def _check(self, message: Message) -> None:

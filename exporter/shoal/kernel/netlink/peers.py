@@ -7,11 +7,12 @@ No privilege is needed.
 from __future__ import annotations
 
 import struct
-from socket import AF_INET, AF_INET6, IPPROTO_TCP
+from socket import AF_INET6
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from shoal.kernel.files import ParseError, Reason, Unavailable
+from shoal.kernel.files import ParseError
 from shoal.kernel.netlink.core import NetlinkSocket, SocketOpener, Subsystem, open_socket
+from shoal.kernel.netlink.sock_diag import dump_sockets
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Iterator
@@ -19,13 +20,9 @@ if TYPE_CHECKING:
 __all__ = ["Pair", "parse_peers", "read_peers"]
 
 _FILE: Final = "netlink SOCK_DIAG"
-_SOCK_DIAG_BY_FAMILY: Final = 20
 
 # include/net/tcp_states.h: all but TIME_WAIT, CLOSE, LISTEN and NEW_SYN_RECV, which have no timer or no peer.
 _STATES: Final = sum(1 << state for state in (1, 2, 3, 4, 5, 8, 9, 11))
-
-# struct inet_diag_req_v2: sdiag_family, sdiag_protocol, idiag_ext, pad, idiag_states, and an empty inet_diag_sockid
-_REQUEST: Final = struct.Struct("=BBxxI48x")
 
 # struct inet_diag_msg: idiag_family, idiag_state, idiag_timer, idiag_retrans, idiag_sport, idiag_dport, idiag_src,
 # idiag_dst; what follows is not needed here
@@ -82,13 +79,4 @@ def read_peers(wanted: Container[bytes], most: int, *, opener: SocketOpener = op
         return parse_peers(messages, wanted, most)
 
     with NetlinkSocket(Subsystem.SOCK_DIAG, opener=opener) as netlink:
-        pairs = netlink.dump(_SOCK_DIAG_BY_FAMILY, _REQUEST.pack(AF_INET, IPPROTO_TCP, _STATES), reduce)
-        try:
-            mapped = netlink.dump(_SOCK_DIAG_BY_FAMILY, _REQUEST.pack(AF_INET6, IPPROTO_TCP, _STATES), reduce)
-        except Unavailable as absent:
-            if absent.reason is not Reason.NOT_IN_KERNEL:
-                raise
-            mapped = {}
-    for pair, silent in mapped.items():
-        pairs[pair] = silent or pairs.get(pair, False)
-    return pairs
+        return dump_sockets(netlink, _STATES, reduce)

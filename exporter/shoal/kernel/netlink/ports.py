@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from socket import AF_INET, AF_INET6, IPPROTO_TCP, htons, inet_ntop, ntohs
+from socket import AF_INET, AF_INET6, htons, inet_ntop, ntohs
 from typing import TYPE_CHECKING, Final
 
-from shoal.kernel.files import ParseError, Reason, Unavailable
+from shoal.kernel.files import ParseError
 from shoal.kernel.netlink.core import NetlinkSocket, SocketOpener, Subsystem, attributes, open_socket
+from shoal.kernel.netlink.sock_diag import dump_sockets
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable, Iterator
+    from collections.abc import Container, Iterable
 
     from shoal.kernel.port_range import PortRange
 
 __all__ = ["PortUse", "count_ports", "filter_ports", "parse_port_use", "read_port_use"]
 
 _FILE: Final = "netlink SOCK_DIAG"
-_SOCK_DIAG_BY_FAMILY: Final = 20
 _INET_DIAG_REQ_BYTECODE: Final = 1
 _INET_DIAG_CGROUP_ID: Final = 21
 
@@ -32,8 +32,7 @@ _ON_LOOPBACK: Final = 2
 # 127.0.0.0/8, ::1 and the former in IPv6, as the kernel writes them into 16 bytes.
 _LOOPBACK: Final = (b"\x7f", bytes(15) + b"\1", bytes(10) + b"\xff\xff\x7f")
 
-# struct inet_diag_req_v2, as in sock_diag.py, and struct nlattr
-_REQUEST: Final = struct.Struct("=BBxxI48x")
+# struct nlattr
 _ATTRIBUTE: Final = struct.Struct("=HH")
 # struct inet_diag_bc_op: code, yes, no. The port to compare with is the `no` of a second op behind it.
 _OPERATION: Final = struct.Struct("=BBH")
@@ -41,11 +40,10 @@ _INET_DIAG_BC_S_GE: Final = 2
 _INET_DIAG_BC_S_LE: Final = 3
 _COMPARISON_BYTES: Final = 2 * _OPERATION.size
 
-# struct inet_diag_msg: idiag_state at 1, idiag_sport at 4, then idiag_dport, idiag_src, idiag_dst up to 40, 72 in all.
+# struct inet_diag_msg: idiag_family, idiag_state, two more, idiag_sport, then idiag_dport, idiag_src and idiag_dst up
+# to 40, 72 in all.
+_MESSAGE: Final = struct.Struct("=BB2x2s34s")
 _MESSAGE_BYTES: Final = 72
-_STATE: Final = 1
-_SPORT: Final = slice(4, 6)
-_TUPLE: Final = slice(6, 40)
 _SOURCE: Final = slice(2, 18)
 _PEER: Final = slice(18, 34)
 _U16: Final = struct.Struct("=H")
@@ -84,24 +82,28 @@ def filter_ports(low: int, high: int) -> bytes:
     return _ATTRIBUTE.pack(_ATTRIBUTE.size + length, _INET_DIAG_REQ_BYTECODE) + program
 
 
-def count_ports(messages: Iterable[bytes], without: Container[bytes]) -> dict[bytes, tuple[int, int, int | None]]:
-    """Count struct inet_diag_msg by (destination port, source, destination).
+def count_ports(
+    messages: Iterable[bytes], without: Container[bytes]
+) -> dict[tuple[int, bytes], tuple[int, int, int | None]]:
+    """Count struct inet_diag_msg by family and (destination port, source, destination).
 
-    Returns {those 34 bytes: (count, those in TIME_WAIT, cgroup id)}. `without` are local ports, as two bytes in network
-    order, that are a server's and not handed out. Only the bytes of the tuple are taken from each message, as there may
-    be hundreds of thousands. Raises `ParseError`.
+    Returns {(family, those 34 bytes): (count, those in TIME_WAIT, cgroup id)}. `without` are local ports, as two bytes
+    in network order, that are a server's and not handed out. Only the bytes of the tuple are taken from each message,
+    as there may be hundreds of thousands. Raises `ParseError`.
     """
-    counts: dict[bytes, int] = {}
-    waiting: dict[bytes, int] = {}
-    owners: dict[bytes, int] = {}
+    unpack = _MESSAGE.unpack_from
+    counts: dict[tuple[int, bytes], int] = {}
+    waiting: dict[tuple[int, bytes], int] = {}
+    owners: dict[tuple[int, bytes], int] = {}
     for number, message in enumerate(messages, 1):
         if len(message) < _MESSAGE_BYTES:
             raise ParseError(_FILE, number, f"struct inet_diag_msg of {_MESSAGE_BYTES} bytes, found {len(message)}")
-        if message[_SPORT] in without:
+        family, state, port, ends = unpack(message)
+        if port in without:
             continue
-        key = message[_TUPLE]
+        key = family, ends
         count = counts[key] = counts.get(key, 0) + 1
-        if message[_STATE] == _TIME_WAIT:
+        if state == _TIME_WAIT:
             waiting[key] = waiting.get(key, 0) + 1
         elif count >= _WORTH_AN_OWNER and key not in owners:
             cgroup = attributes(message, _MESSAGE_BYTES, _FILE, number).get(_INET_DIAG_CGROUP_ID, b"")
@@ -135,24 +137,21 @@ def read_port_use(
     """
     without = {_U16.pack(htons(port)) for port in servers}
 
-    def reduce(messages: Iterator[bytes]) -> dict[bytes, tuple[int, int, int | None]]:
-        return count_ports(messages, without)
-
-    found: list[tuple[int, int, bytes, int, int | None]] = []
     with NetlinkSocket(Subsystem.SOCK_DIAG, opener=opener) as netlink:
-        for family in (int(AF_INET), int(AF_INET6)):
-            request = _REQUEST.pack(family, IPPROTO_TCP, _STATES) + filter_ports(ports.low, ports.high)
-            try:
-                counts = netlink.dump(_SOCK_DIAG_BY_FAMILY, request, reduce)
-            except Unavailable as absent:
-                if family == AF_INET6 and absent.reason is Reason.NOT_IN_KERNEL:
-                    continue
-                raise
-            for key, (used, time_wait, cgroup) in counts.items():
-                if time_wait and _may_take_over(key, ports.time_wait_reuse):
-                    found.append((used - time_wait, family, key, 0, cgroup))
-                else:
-                    found.append((used, family, key, time_wait, cgroup))
+        counts = dump_sockets(
+            netlink,
+            _STATES,
+            lambda messages: count_ports(messages, without),
+            attributes=filter_ports(ports.low, ports.high),
+        )
+    found: list[tuple[int, int, bytes, int, int | None]] = []
+    for (family, key), (used, time_wait, cgroup) in counts.items():
+        if family not in _ADDRESS_BYTES:
+            raise ParseError(_FILE, 0, f"IPv4 or IPv6 sockets, found family {family}")
+        if time_wait and _may_take_over(key, ports.time_wait_reuse):
+            found.append((used - time_wait, family, key, 0, cgroup))
+        else:
+            found.append((used, family, key, time_wait, cgroup))
     found.sort(key=lambda row: row[0], reverse=True)
     worst = [
         parse_port_use(family, key, used, time_wait, cgroup) for used, family, key, time_wait, cgroup in found[:most]

@@ -8,32 +8,35 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from socket import AF_INET, AF_INET6, IPPROTO_TCP, inet_ntop, ntohs
-from typing import TYPE_CHECKING, Final
+from socket import AF_INET, AF_INET6, inet_ntop, ntohs
+from typing import TYPE_CHECKING, Final, TypeVar
 
-from shoal.kernel.files import ParseError, Reason, Unavailable
+from shoal.kernel.files import ParseError
 from shoal.kernel.netlink.core import NetlinkSocket, SocketOpener, Subsystem, attributes, open_socket
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
-__all__ = ["Listener", "parse_listeners", "read_listeners"]
+__all__ = ["Listener", "dump_sockets", "parse_listeners", "read_listeners"]
+
+T = TypeVar("T")
 
 _FILE: Final = "netlink SOCK_DIAG"
 
 # sock_diag.h
-_SOCK_DIAG_BY_FAMILY: Final = 20
 _SK_MEMINFO_DROPS: Final = 8
 
-# inet_diag.h: attributes of an answer. idiag_ext has a bit for each of the first eight, at type - 1.
+# inet_diag.h: the request; attributes of an answer. idiag_ext has a bit for each of the first eight, at type - 1.
+_TCPDIAG_GETSOCK: Final = 18
 _INET_DIAG_SKMEMINFO: Final = 7
 _INET_DIAG_CGROUP_ID: Final = 21
 
 # include/net/tcp_states.h
 _TCP_LISTEN: Final = 10
 
-# struct inet_diag_req_v2: sdiag_family, sdiag_protocol, idiag_ext, pad, idiag_states, and an empty inet_diag_sockid
-_REQUEST: Final = struct.Struct("=BBBxI48x")
+# struct inet_diag_req: idiag_family, idiag_src_len and idiag_dst_len, which a dump does not look at, idiag_ext, an
+# empty inet_diag_sockid, idiag_states, and idiag_dbs, which nothing looks at
+_REQUEST: Final = struct.Struct("=xxxB48xI4x")
 
 # struct inet_diag_msg: idiag_family, idiag_state, idiag_timer, idiag_retrans,
 #   inet_diag_sockid: idiag_sport, idiag_dport (both big-endian), idiag_src[4], idiag_dst[4], idiag_if, idiag_cookie[2],
@@ -113,20 +116,27 @@ def parse_listeners(messages: Iterable[bytes]) -> list[Listener]:
 
 
 def read_listeners(*, opener: SocketOpener = open_socket) -> list[Listener]:
-    """Read all listening TCP sockets, IPv4 then IPv6, of the network namespace that `opener` opens sockets in.
+    """Read all listening TCP sockets, IPv4 and IPv6, of the network namespace that `opener` opens sockets in.
 
-    The kernel picks the listening ones, so the cost does not grow with connections. A kernel without IPv6 has no such
-    listeners, and that is no failure. Raises `Unavailable` (NOT_IN_KERNEL without CONFIG_INET_DIAG) or `ParseError`.
+    The kernel picks the listening ones, so the cost does not grow with connections. Raises `Unavailable` (NOT_IN_KERNEL
+    without CONFIG_INET_DIAG) or `ParseError`.
     """
     with NetlinkSocket(Subsystem.SOCK_DIAG, opener=opener) as netlink:
-        listeners = netlink.dump(_SOCK_DIAG_BY_FAMILY, _request(AF_INET), parse_listeners)
-        try:
-            listeners += netlink.dump(_SOCK_DIAG_BY_FAMILY, _request(AF_INET6), parse_listeners)
-        except Unavailable as absent:
-            if absent.reason is not Reason.NOT_IN_KERNEL:
-                raise
-    return listeners
+        return dump_sockets(netlink, 1 << _TCP_LISTEN, parse_listeners, extensions=1 << (_INET_DIAG_SKMEMINFO - 1))
 
 
-def _request(family: int) -> bytes:
-    return _REQUEST.pack(family, IPPROTO_TCP, 1 << (_INET_DIAG_SKMEMINFO - 1), 1 << _TCP_LISTEN)
+def dump_sockets(
+    netlink: NetlinkSocket,
+    states: int,
+    reduce: Callable[[Iterator[bytes]], T],
+    *,
+    extensions: int = 0,
+    attributes: bytes = b"",
+) -> T:
+    """Return what `reduce` makes of the TCP sockets in these states, those of both families; see `NetlinkSocket.dump`.
+
+    Asks by TCPDIAG_GETSOCK, the older of the two requests that every kernel has: SOCK_DIAG_BY_FAMILY gives one family
+    at a time, and each time the kernel walks the whole table of connections, which all network namespaces share
+    (inet_diag_dump_compat in net/ipv4/inet_diag.c). A kernel without IPv6 has no sockets of it.
+    """
+    return netlink.dump(_TCPDIAG_GETSOCK, _REQUEST.pack(extensions, states) + attributes, reduce)
