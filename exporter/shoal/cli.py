@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import ctypes
 import gc
 import logging
 import os
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 logger = logging.getLogger(__name__)
+
+# malloc.h of glibc
+_M_ARENA_MAX = -8
 
 # The variables that tell OpenSSL where certificate authorities are.
 _AUTHORITIES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
@@ -184,6 +188,10 @@ def _run(settings: Settings) -> int:
         from shoal.scrape import Scraper  # noqa: PLC0415  (see above)
         from shoal.server import serve  # noqa: PLC0415  (see above)
 
+    # With a heap for each thread, as glibc has it by default, each keeps what it once needed: 2 MiB, seventeen times. Other
+    # C libraries have one heap, and not this function.
+    with suppress(AttributeError):
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
     # Worker threads parse while the loop answers; a shorter turn keeps the loop's wait under its 10 ms.
     sys.setswitchinterval(0.001)
     web_config = None

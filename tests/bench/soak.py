@@ -28,6 +28,8 @@ from tests.bench.node import TIER_3, Size, full_node
 from tests.bench.scrape import Way, redis, table
 from tests.bench.target import machine
 
+from shoal.collectors import available_names
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
@@ -40,6 +42,8 @@ COMING: Final = 10
 PARTS: Final = 6
 MOST_GROWTH: Final = 1.0
 """MiB of its own memory by which the last part may have more than the second; the first fills what is cached."""
+MOST_THREADS: Final = len(available_names()) + 4 + 4
+"""A worker for each collector and four to render (`scrape.Workers`), which a busy machine needs one by one, and a few."""
 
 _FAILED: Final = re.compile(r'^shoal_scrape_collector_success\{collector="(\w+)"\} 0', re.MULTILINE)
 # The same number on every machine since 5.6 (asm-generic/unistd.h); Python 3.11 has os.pidfd_open alone.
@@ -231,7 +235,9 @@ def grown(moments: Sequence[Moment]) -> list[str]:
     memory = statistics.median(one.memory for one in last) - statistics.median(one.memory for one in base)
     if memory > MOST_GROWTH:
         found.append(f"memory grew by {memory:.2f} MiB, and may by {MOST_GROWTH}")
-    for name in ("descriptors", "threads", "namespaces"):
+    if (threads := max(one.threads for one in last)) > MOST_THREADS:
+        found.append(f"there are {threads} threads, and may be {MOST_THREADS}")
+    for name in ("descriptors", "namespaces"):
         before, after = (max(getattr(one, name) for one in part) for part in (base, last))
         if after > before:
             found.append(f"{name} grew from {before} to {after}")
