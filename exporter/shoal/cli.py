@@ -188,8 +188,8 @@ def _run(settings: Settings) -> int:
         from shoal.scrape import Scraper  # noqa: PLC0415  (see above)
         from shoal.server import serve  # noqa: PLC0415  (see above)
 
-    # With a heap for each thread, as glibc has it by default, each keeps what it once needed: 2 MiB, seventeen times. Other
-    # C libraries have one heap, and not this function.
+    # With a heap for each thread, as glibc has it by default, each keeps what it once needed: 2 MiB, seventeen times.
+    # Other C libraries have one heap, and not this function.
     with suppress(AttributeError):
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
     # Worker threads parse while the loop answers; a shorter turn keeps the loop's wait under its 10 ms.

@@ -43,7 +43,7 @@ PARTS: Final = 6
 MOST_GROWTH: Final = 1.0
 """MiB of its own memory by which the last part may have more than the second; the first fills what is cached."""
 MOST_THREADS: Final = len(available_names()) + 4 + 4
-"""A worker for each collector and four to render (`scrape.Workers`), which a busy machine needs one by one, and a few."""
+"""A worker for each collector and four to render (`scrape.Workers`), which a busy machine comes to need, and a few."""
 
 _FAILED: Final = re.compile(r'^shoal_scrape_collector_success\{collector="(\w+)"\} 0', re.MULTILINE)
 # The same number on every machine since 5.6 (asm-generic/unistd.h); Python 3.11 has os.pidfd_open alone.
