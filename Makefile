@@ -52,7 +52,7 @@ unit: .venv/dev
 # In a virtual machine: what loads modules and writes sysctls of the initial namespace.
 test-vm: .venv/dev
 	tests/packages.sh
-	SHOAL_VM_TIMEOUT=5400 tests/vm_disk.sh $(KERNEL) .lab/vm -- $(BIN)/pytest -q -p no:cacheprovider --timeout=600 tests/vm
+	SHOAL_VM_TIMEOUT=1200 tests/vm.sh $(KERNEL) -- $(BIN)/pytest -q -p no:cacheprovider --timeout=600 tests/vm
 
 # Half an hour. pytest tests/unit/fuzz alone is what CI does: a hundred for each.
 fuzz: .venv/dev

@@ -10,7 +10,7 @@
 # its output and its exit status become this script's. Kernels are fetched once, with apt as it is configured here,
 # into a cache outside the repository.
 # With SHIFT the machine's clock counts its instructions, each as 2^SHIFT nanoseconds, and skips the time in which it is idle:
-# however busy this machine is, that one does not notice.
+# however busy this machine is, that one does not notice. 6.12 can do that; 6.1 hangs when it starts its second processor.
 # SHOAL_VM_TIMEOUT is in seconds (180); SHOAL_VM_CACHE moves the cache.
 set -eu
 

@@ -134,7 +134,7 @@ ALERTS: dict[str, Alert] = {
             "workload:shoal_run_queue_delay_per_runnable_time:ratio": 0.5,
             "workload:shoal_run_queue_delay_seconds:rate5m": 0.2,
             "workload:shoal_cpu_usage_per_node_usage:ratio": 0.33,
-            "workload:shoal_cpu_pressure_some_seconds:rate5m": 0.1,
+            "workload:shoal_cpu_pressure_some_seconds:rate5m": 0.15,
         },
     ),
     "ShoalCPUThrottling": Alert(
