@@ -1,16 +1,16 @@
 #!/bin/sh
 # Run a command under a stock Debian kernel, in a virtual machine without KVM, with this machine's files (read-only).
 #
-#   tests/vm.sh [-w DIR] [-d IMAGE] [-m MEMORY] [-i SHIFT] [-a KERNEL_ARGUMENT]... VERSION -- COMMAND [ARGUMENT]...
+#   tests/vm.sh [-w DIR] [-d IMAGE] [-m MEMORY] [-c CPUS] [-i SHIFT] [-a KERNEL_ARGUMENT]... VERSION -- COMMAND [ARGUMENT]...
 #   tests/vm.sh 6.1 -- uname -r
 #   tests/vm.sh -w /tmp/out -a psi=0 6.12 -- python3 tests/record_fixtures.py /tmp/out/6.12
 #
-# VERSION is 5.10, 6.1 or 6.12, MEMORY what the machine has (1G), IMAGE a disk that it sees as /dev/vda. DIR is the only
-# directory that the command can write to and that outlives the machine. The command runs as root with SHOAL_VM=1 set;
-# its output and its exit status become this script's. Kernels are fetched once, with apt as it is configured here,
-# into a cache outside the repository.
+# VERSION is 5.10, 6.1 or 6.12, MEMORY what the machine has (1G), CPUS how many processors (2), IMAGE a disk that it sees as
+# /dev/vda. DIR is the only directory that the command can write to and that outlives the machine. The command runs as root
+# with SHOAL_VM=1 set; its output and its exit status become this script's. Kernels are fetched once, with apt as it is
+# configured here, into a cache outside the repository.
 # With SHIFT the machine's clock counts its instructions, each as 2^SHIFT nanoseconds, and skips the time in which it is idle:
-# however busy this machine is, that one does not notice. 6.12 can do that; 6.1 hangs when it starts its second processor.
+# however busy this machine is, that one does not notice. 5.10 and 6.1 hang with it when they start their second processor.
 # SHOAL_VM_TIMEOUT is in seconds (180); SHOAL_VM_CACHE moves the cache.
 set -eu
 
@@ -26,14 +26,16 @@ share=
 # Without KVM the check of the timer fails now and then, when the machine is busy, and the kernel panics.
 arguments="--append no_timer_check"
 memory=1G
-while getopts w:a:d:m:i: option; do
+cpus=2
+while getopts w:a:d:m:c:i: option; do
     case $option in
     d) arguments="$arguments --disk $OPTARG" ;;
     w) mkdir -p "$OPTARG" && share=$(cd "$OPTARG" && pwd) ;;
     m) memory=$OPTARG ;;
+    c) cpus=$OPTARG ;;
     i) arguments="$arguments --qemu-opts=-icount --qemu-opts=shift=$OPTARG,sleep=off" ;;
     a) arguments="$arguments --append $OPTARG" ;;
-    *) fail "usage: vm.sh [-w DIR] [-d IMAGE] [-m MEMORY] [-i SHIFT] [-a KERNEL_ARGUMENT]... VERSION -- COMMAND..." ;;
+    *) fail "usage: vm.sh [-w DIR] [-d IMAGE] [-m MEMORY] [-c CPUS] [-i SHIFT] [-a KERNEL_ARGUMENT]... VERSION -- COMMAND..." ;;
     esac
 done
 shift $((OPTIND - 1))
@@ -110,7 +112,7 @@ trap 'rm -rf "$run"' EXIT
 kernel=$cache/$version/boot/vmlinuz-$(cat "$cache/$version/release")
 # vng looks for its other half on the path.
 # shellcheck disable=SC2086 # kernel arguments are separate words
-PATH=$tools:$PATH timeout --kill-after=10 "$limit" vng --verbose --disable-kvm --memory "$memory" --cpus 2 --run "$kernel" --user root $arguments \
+PATH=$tools:$PATH timeout --kill-after=10 "$limit" vng --verbose --disable-kvm --memory "$memory" --cpus "$cpus" --run "$kernel" --user root $arguments \
     --rwdir "$run" ${share:+--rwdir "$share"} \
     -- "sh $run/command >$run/output 2>&1; echo \$? >$run/status" </dev/null >"$run/console" 2>&1 || true
 cat "$run/output" 2>/dev/null || true

@@ -1,7 +1,7 @@
 #!/bin/sh
 # As vm.sh, for commands that start many programs: what they need of this machine's files is on a disk that the kernel caches.
 #
-#   tests/vm_disk.sh [-k PATH]... [-i SHIFT] [-m MEMORY] [-a KERNEL_ARGUMENT]... VERSION OUT -- COMMAND [ARGUMENT]...
+#   tests/vm_disk.sh [-k PATH]... [-c CPUS] [-i SHIFT] [-m MEMORY] [-a KERNEL_ARGUMENT]... VERSION OUT -- COMMAND [ARGUMENT]...
 #
 # Over 9p, which keeps nothing in memory, a Python takes minutes to start. The machine's root is that disk with a layer in
 # memory above it, so everything can be written to; what is written to OUT outlives the machine. The command runs in this
@@ -18,7 +18,7 @@ usage() {
 keep=
 memory=3G
 options=
-while getopts k:i:m:a: option; do
+while getopts k:c:i:m:a: option; do
     case $option in
     k) keep="$keep
 ${OPTARG#/}" ;;

@@ -6,6 +6,7 @@ scrape: the escaped label part of a line is cached, and what is left is one stri
 
 from __future__ import annotations
 
+import gc
 import math
 from functools import lru_cache
 from itertools import count
@@ -20,7 +21,8 @@ __all__ = ["render"]
 
 # About twice the samples of the largest node that the benchmarks build; a fragment is about 100 bytes.
 _FRAGMENTS = 32_768
-# After so many times all are let go: those of pods that are gone would fill the cache, which then has 16 MiB.
+# After so many times all are let go: those of pods that are gone would fill the cache, which then has 16 MiB. Then all
+# garbage is collected too, which `cli` leaves to this.
 _KEPT_FOR = 256
 _times = count(1)
 
@@ -33,6 +35,7 @@ def render(families: Iterable[Family], *, openmetrics: bool) -> bytes:
     """
     if not next(_times) % _KEPT_FOR:
         _fragment.cache_clear()
+        gc.collect()
     lines: list[str] = []
     for family in families:
         if not family.samples:

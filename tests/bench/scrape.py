@@ -71,6 +71,7 @@ _SOAK: Final = 60
 _DUMPS: Final = 3
 _DUMP_INTERVAL: Final = 10
 _STARTS: Final = 3
+_ROUNDS: Final = 3
 _LOOP_PROBE: Final = REPOSITORY / "tests" / "unit" / "loop_probe.py"
 _DURATION: Final = re.compile(r'^shoal_scrape_collector_duration_seconds\{collector="(\w+)"\} (\S+)$', re.MULTILINE)
 _FAILED: Final = re.compile(r'^shoal_scrape_collector_success\{collector="(\w+)"\} 0', re.MULTILINE)
@@ -168,7 +169,15 @@ def measure(node: FullNode, ways: Sequence[Way], scrapes: int) -> dict[str, Resu
 
 
 def measure_loop(node: FullNode, way: Way, scrapes: int) -> dict[str, Any]:
-    """Scrape again with a probe in the event loop."""
+    """Scrape again with a probe in the event loop, three times; return what it saw in the middle one.
+
+    The worst moment of so many thousands is the machine's own now and then.
+    """
+    rounds = [_probe_loop(node, way, scrapes) for _ in range(_ROUNDS)]
+    return sorted(rounds, key=lambda found: float(found["unexplained"]))[_ROUNDS // 2]
+
+
+def _probe_loop(node: FullNode, way: Way, scrapes: int) -> dict[str, Any]:
     with tempfile.TemporaryFile() as output:
         with way.run(node, program=(str(_LOOP_PROBE),), output=output) as target:
             for _ in range(scrapes):

@@ -47,6 +47,9 @@ def waits() -> dict[int, int]:
             found[number] = int(os.pread(_files[number], 100, 0).split()[1])
         except OSError:
             continue  # it has just ended
+    # Left open they would be more and more, and the kernel makes whoever opens the 65th wait for its table to grow.
+    for number in _files.keys() - found.keys():
+        os.close(_files.pop(number))
     return found
 
 
