@@ -89,7 +89,7 @@ class Scraper:
         Never raises: what a collector could not give is absent, with its success 0 and its signals unavailable.
         """
         began = time.monotonic()
-        runs = self._begin(sorted(names))
+        runs = self._begin(sorted(names, key=lambda name: (self.collectors[name].last, name)))
         # What hangs from an earlier scrape is not waited for, or it would make each as late as it may be.
         awaited = {run.outcome for run in runs if began - run.started < timeout}
         if awaited:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
+from shoal.collectors import available_names, load
 from shoal.families import Family, Metric
 from shoal.kernel.files import Reason, Unavailable
 
@@ -412,3 +413,23 @@ async def test_collectors_take_turns_until_one_is_slow(
     gate.opened.set()
     assert len(values(await scrape, "shoal_toy")) == 9
     assert together == [(name,) for name in names]
+
+
+async def test_a_collector_that_sets_work_going_is_read_last(
+    make_collector: MakeCollector, scraper_of: ScraperOf, toy: Toy
+) -> None:
+    """Those before it have the processor to themselves, whatever its name is."""
+    read: list[str] = []
+
+    def reading(name: str) -> Callable[[], list[Family]]:
+        return lambda: read.append(name) or toy(name, 1)  # type: ignore[func-returns-value]
+
+    collectors = [make_collector(name, reading(name)) for name in ("a", "b", "c")]
+    type(collectors[1]).last = True
+    await scraper_of(*collectors).scrape(["a", "b", "c"], LONG)
+    assert read == ["a", "c", "b"]
+
+
+def test_conntrack_is_read_last() -> None:
+    """Its dump takes a processor for longer than all the others take together."""
+    assert [name for name in available_names() if load(name).last] == ["conntrack"]

@@ -101,6 +101,8 @@ class Collector(ABC):
     """Everything that it can export."""
     signals: ClassVar[tuple[str, ...]]
     """The parts of it that can be absent on their own, as `shoal_signal_available` names them."""
+    last: ClassVar[bool] = False
+    """Whether it is read after the others, as what it sets going would contend with them."""
 
     def __init__(self, settings: Settings) -> None:
         """Start with nothing known of the signals; a collector with options of its own takes them from `settings`."""

@@ -49,8 +49,8 @@ _LOOPBACK = (ip_address("127.0.0.1").packed, ip_address("::1").packed)
 _KINDS = frozenset({"host", "pod", "container", "unit"})
 _MOST = 10
 
-# How long a scrape waits for a dump: that of a table of 20,000 entries is fresh, a larger one is the next scrape's.
-_PATIENCE_SECONDS = 0.2
+# How long a scrape waits for a dump: that of a table of 2,000 entries is fresh, a larger one is the next scrape's.
+_PATIENCE_SECONDS = 0.02
 _ENTRIES_PER_SECOND = 100_000
 # What was seen longer ago than this says nothing of being renewed.
 _COMPARABLE_SECONDS = 300
@@ -253,6 +253,7 @@ class ConntrackCollector(Collector):
     """
 
     name = "conntrack"
+    last = True
     metrics: ClassVar = (
         ENTRIES,
         NODE_ENTRIES,
