@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import pytest
@@ -420,3 +422,25 @@ def test_without_permission_the_reason_says_so(tmp_path: Path) -> None:
         os.seteuid(0)
     assert memory["memory_workloads"] == "no_permission"
     assert pressure["pressure_node"] == "no_permission"
+
+
+@pytest.mark.parametrize("name", available_names())
+def test_what_is_absent_leaves_nothing_for_the_garbage_collector(name: str, tmp_path: Path) -> None:
+    """An exception that is kept holds the frames of the whole scrape, and full collections are rare on purpose."""
+    one, roots = collector(name), copy_of("6.12", tmp_path)
+    shutil.rmtree(Path(roots.sys))
+    for entry in Path(roots.proc).iterdir():
+        if not entry.name.isdigit():
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    one.read(Node(roots))
+    assert any(one.availability.absent.values())
+    gc.collect()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        one.read(Node(roots))
+        gc.collect()
+        left = [found.f_code.co_qualname for found in gc.garbage if isinstance(found, FrameType)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+    assert left == []

@@ -63,12 +63,11 @@ class Availability:
         """Read one signal inside `with`: what the kernel does not give ends the block and is noted as the reason."""
         try:
             yield
-        except Unavailable as error:
-            self.lost(signal, error.reason, str(error))
-        except ParseError as error:
-            self.lost(signal, Reason.MALFORMED, str(error))
-        except Vanished as error:
-            self.lost(signal, Reason.NOT_READABLE, str(error))
+        except (Unavailable, ParseError, Vanished) as error:
+            # Who raised it may have it among its variables: a circle, which keeps what the whole scrape had in hand.
+            error.__traceback__ = None
+            reason = Reason.MALFORMED if isinstance(error, ParseError) else Reason.NOT_READABLE
+            self.lost(signal, error.reason if isinstance(error, Unavailable) else reason, str(error))
         else:
             if self.absent[signal]:
                 logger.info("signal is available again", extra={"signal": signal})

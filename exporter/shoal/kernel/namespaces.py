@@ -27,6 +27,7 @@ __all__ = [
 _T = TypeVar("_T")
 
 _CLONE_NEWNET = 0x40000000
+_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,6 @@ def visit_namespaces(proc: str, visit: Callable[[Callable[[int], None]], _T]) ->
     find its way back; a thread for each would take fifty times as long as to enter. Entering needs CAP_SYS_ADMIN and
     CAP_SYS_PTRACE, and raises `Unavailable`, or `Vanished` when the process ended; raises what `visit` raises.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
 
     def enter(pid: int) -> None:
         path = f"{proc}/{pid}/ns/net"
@@ -123,7 +123,7 @@ def visit_namespaces(proc: str, visit: Callable[[Callable[[int], None]], _T]) ->
         except OSError as error:
             raise unavailable_from(error, path) from None
         try:
-            if libc.setns(fd, _CLONE_NEWNET):
+            if _LIBC.setns(fd, _CLONE_NEWNET):
                 number = ctypes.get_errno()
                 raise unavailable_from(OSError(number, os.strerror(number)), f"the network namespace of process {pid}")
         finally:
