@@ -212,10 +212,10 @@ def listens(port: int) -> bool:
 
 
 @contextmanager
-def redis() -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """Run a Redis server on a port of its own."""
+def redis(before: tuple[str, ...] = ()) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """Run a Redis server on a port of its own, behind the command `before`."""
     port = free_port()
-    command = ["redis-server", "--port", str(port), "--save", "", "--bind", "127.0.0.1"]
+    command = [*before, "redis-server", "--port", str(port), "--save", "", "--bind", "127.0.0.1"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         try:
             wait_for(lambda: listens(port), "the server does not start")
@@ -285,8 +285,78 @@ def test_a_hostile_container(tmp_path: Path) -> None:
             pods = {value for _, labels in scrape.values for key, value in labels if key == "pod"}
             assert uid.replace("_", "-") in pods
             assert "0f8d3c1e-5b7a-4c2d-9e6f-1a2b3c4d5e6f" not in pods
-            assert not scrape.named("shoal_redis_up", server="victim")
             time.sleep(1)
+
+
+# Calls itself a server, and says of itself what it should not, first of all that it is another process.
+HOSTILE_REDIS = """
+import ctypes, socket, sys
+ctypes.CDLL(None).prctl(15, b"redis-server", 0, 0, 0)
+victim, address = sys.argv[1:]
+bulk = lambda text: b"$%d\\r\\n%s\\r\\n" % (len(text), text)
+pair = lambda name, value: b"*2\\r\\n" + bulk(name) + bulk(value)
+evil = b'1"} 1\\n# EOF\\n'
+info = b"redis_version:%s\\r\\nprocess_id:%s\\r\\naof_enabled:%s\\r\\ntotal_forks:%s\\r\\nused_memory_rss:1e400\\r\\n"
+info %= evil, victim.encode(), evil, b"9" * 400
+server = socket.create_server(("127.0.0.1", int(address.rpartition(":")[2])))
+print("there", flush=True)
+while True:
+    connection, _ = server.accept()
+    while data := connection.recv(65536):
+        for command in data.split(b"*")[1:]:
+            if b"PING" in command:
+                answer = b"+PONG\\r\\n"
+            elif b"INFO" in command:
+                answer = bulk(info)
+            elif b"dir" in command:
+                answer = pair(b"dir", b"/proc/%s/cwd" % victim.encode())
+            elif b"appendfsync" in command:
+                answer = pair(b"appendfsync", b"always" + evil)
+            elif b"LATENCY" in command:
+                answer = b"*1\\r\\n*4\\r\\n" + bulk(evil) + b":1\\r\\n:1\\r\\n:1\\r\\n"
+            else:
+                answer = b"*0\\r\\n"
+            connection.sendall(answer)
+"""
+
+
+def test_a_hostile_redis(tmp_path: Path) -> None:
+    """It says that it is another's process, and nonsense for numbers: it has no label of his, and no number."""
+    pods = {"bad": "bad0bad0-bad0-bad0-bad0-000000000001", "good": "900d900d-900d-900d-900d-000000000001"}
+    enter: dict[str, tuple[str, ...]] = {}
+    with ExitStack() as stack:
+        for name, uid in pods.items():
+            top = cgroup_mount() / f"kubepods-robust{os.getpid()}-pod{uid.replace('-', '_')}.slice"
+            stack.callback(remove_cgroups, top)
+            container = top / f"cri-containerd-{uid[:4] * 16}.scope"
+            container.mkdir(parents=True)
+            enter[name] = ("sh", "-c", f'echo $$ >{container}/cgroup.procs && exec "$@"', "sh")
+        victim, port = stack.enter_context(redis(enter["good"]))
+        victims, own = f"127.0.0.1:{port}", f"127.0.0.1:{free_port()}"
+        command = [*enter["bad"], sys.executable, "-c", HOSTILE_REDIS, str(victim.pid), own]
+        process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE))
+        stack.callback(process.kill)
+        assert process.stdout
+        assert process.stdout.readline() == b"there\n"
+        running = stack.enter_context(exporter("--redis.discover=true", log=tmp_path / "log"))
+        both = {victims: pods["good"], own: pods["bad"]}
+
+        def up() -> bool:
+            return all(running.scrape().named("shoal_redis_up", server=server) == [1] for server in both)
+
+        wait_for(up, "they are not found")
+        scrape = running.scrape()
+        assert not scrape.failed
+        told = {
+            (name, dict(labels)["server"], dict(labels).get("pod"))
+            for name, labels in scrape.values
+            if dict(labels).get("server") in both
+        }
+        assert {(server, pod) for _, server, pod in told} == set(both.items())
+        assert ("shoal_redis_aof_enabled", victims, pods["good"]) in told
+        numbers = {name for name, server, _ in told if server == own and "_ping_" not in name}
+        disk = {f"shoal_redis_disk_{what}" for what in ("info", "writes_total", "write_seconds_total")}
+        assert numbers <= {"shoal_redis_up", *disk}
 
 
 @pytest.mark.timeout(600)

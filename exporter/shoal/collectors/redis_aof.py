@@ -284,6 +284,8 @@ class _Watch:
     server: Server
     task: asyncio.Task[None]
     pings: Histogram
+    found: int | None = None
+    """The process that it was found by, None if it was named."""
     pid: int | None = None
     owner: Owner = field(default_factory=Owner)
     disks: list[str] = field(default_factory=list)
@@ -374,7 +376,7 @@ class RedisAofCollector(Collector):
     def _watch(self, server_type: type[Server], target: Target, pid: int | None = None) -> _Watch:
         pings = Histogram(_BUCKETS)
         server = server_type(target, pings.observe, self.settings.roots.proc, self.settings.redis_password_file)
-        return _Watch(server, asyncio.create_task(server.run()), pings, pid)
+        return _Watch(server, asyncio.create_task(server.run()), pings, pid, pid)
 
     async def _discover(self, node: Node, server_type: type[Server], find: Callable[[str], list[Found]]) -> None:
         """Watch the servers that run on the node now, and no longer those that have gone. Raises `Unavailable`."""
@@ -418,7 +420,7 @@ class RedisAofCollector(Collector):
         volumes: dict[tuple[str, ...], int] = {}
         for watch, outcome in self._outcomes:
             reading = None if isinstance(outcome, Down) else outcome
-            problems["redis_aof_disk"] += _identify(watch, reading, node)
+            problems["redis_aof_disk"] += _identify(watch, reading, self._processes(watch, reading), node)
             labels = (watch.server.target.name, *watch.owner.labels)
             if labels in labelled:
                 continue
@@ -446,6 +448,17 @@ class RedisAofCollector(Collector):
             problems["redis_aof_disk"].append(Unavailable(Reason.NOT_READABLE, why))
         self._note(problems)
         return list(families.values())
+
+    def _processes(self, watch: _Watch, reading: Reading | None) -> list[int]:
+        """Return the processes that a server may be, the likeliest first.
+
+        One that was found is the process that it was found by. It is believed to be another only if that one too claims
+        its address: whatever calls itself a server could else say that it is somebody else's, and have his labels.
+        """
+        told = reading.pid if reading else None
+        if watch.found and (told, watch.server.target) not in self._found:
+            told = None
+        return [pid for pid in (told, watch.found or watch.pid) if pid]
 
     def _note(self, problems: dict[str, list[Exception]]) -> None:
         """Say of each signal whether it is there: not if any server that is up does without it."""
@@ -481,7 +494,7 @@ async def _ask(watch: _Watch) -> Reading | Down:
         return down
 
 
-def _identify(watch: _Watch, reading: Reading | None, node: Node) -> list[Exception]:
+def _identify(watch: _Watch, reading: Reading | None, processes: list[int], node: Node) -> list[Exception]:
     """Find out which process the server is, whose it is and on which disks its data lies; return what hindered it.
 
     What was known stays when the server goes down, so that its series keep their labels.
@@ -489,8 +502,7 @@ def _identify(watch: _Watch, reading: Reading | None, node: Node) -> list[Except
     if reading is None and watch.owner != Owner():
         return []
     proc = node.roots.proc
-    candidates = [pid for pid in (reading.pid if reading else None, watch.pid) if pid and _is_server(proc, pid)]
-    watch.pid = candidates[0] if candidates else None
+    watch.pid = next((pid for pid in processes if _is_server(proc, pid)), None)
     if watch.pid is None:
         return []
     with suppress(Unavailable, Vanished, ParseError):
