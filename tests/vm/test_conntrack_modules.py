@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-import socket
 import subprocess
 import time
 from pathlib import Path
+
+from tests.vm.table import full_table
 
 from shoal.collectors.conntrack import ConntrackCollector
 from shoal.inventory import Node
@@ -54,16 +54,9 @@ def test_no_scrape_loads_a_module_and_a_full_table_is_seen() -> None:
         ["", "", "", "", ""],
     ]
 
-    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-    rules = "table inet t { chain c { type filter hook output priority 0; ct state new counter; }; }"
-    subprocess.run(["nft", rules], check=True)
-    Path("/proc/sys/net/netfilter/nf_conntrack_max").write_text("500", encoding="ascii")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
-        for number in range(2000):
-            with contextlib.suppress(OSError):
-                sender.sendto(b"x", (f"127.0.{number >> 8}.{number & 255}", 7000))
-    found, _ = scrape()
-    counted = subprocess.run(["conntrack", "-S"], check=True, capture_output=True, text=True).stdout
+    with full_table(500):
+        found, _ = scrape()
+        counted = subprocess.run(["conntrack", "-S"], check=True, capture_output=True, text=True).stdout
     for word in ("drop", "early_drop", "insert_failed"):
         numbers = [int(number) for number in re.findall(rf" {word}=(\d+)", counted)]
         assert found[f"shoal_conntrack_{word}_total"]["host",] == sum(numbers)
