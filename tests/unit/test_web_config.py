@@ -324,6 +324,14 @@ def indented(path: Path) -> str:
     return "\n" + "".join(f"    {line}\n" for line in path.read_text().splitlines())
 
 
+@pytest.mark.parametrize("more", ["", ", cipher_suites: [TLS_ECDHE_ECDSA_WITH_AES_128_CBC_SHA]"])
+def test_tls_below_1_2_is_not_spoken(more: str, place: Path) -> None:
+    """Unless the file asks for more, 1.2 is the least; a client of today's OpenSSL could not even ask for less."""
+    config = WebConfig(str(written(place, TLS + more + "}"))).current
+    assert config.tls
+    assert config.tls.minimum_version == ssl.TLSVersion.TLSv1_2
+
+
 def test_certificates_may_stand_in_the_file(start: Start, place: Path) -> None:
     """With the key and the authority of clients, as newer versions of the toolkit allow."""
     text = "tls_server_config:\n  client_auth_type: RequireAndVerifyClientCert\n"
