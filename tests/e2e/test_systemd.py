@@ -86,7 +86,7 @@ OPEN: Final = {
 
 
 def test_nothing_else_is_left_open() -> None:
-    """Each line of the sandbox counts: without it `systemd-analyze security` names one thing more."""
+    """A line of the sandbox that is lost would be named by `systemd-analyze security`, unless another implies it."""
     command = ["systemd-analyze", "security", "--offline=true", "--json=short", str(UNIT)]
     said = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
     assert {one["json_field"] for one in json.loads(said) if one["exposure"]} <= OPEN

@@ -145,21 +145,23 @@ HOSTILE = f"kubepods.slice/kubepods-podbad0bad0_bad0_bad0_bad0_bad0bad0bad0.slic
         "system.slice/sshd.service",
     ],
 )
-def test_a_container_cannot_pass_for_another_pod(tmp_path: Path, inside: str) -> None:
+@pytest.mark.parametrize("cluster", ["", f"docker/{'c1a5' * 16}/kubelet/"], ids=["node", "in a container"])
+def test_a_container_cannot_pass_for_another_pod(tmp_path: Path, inside: str, cluster: str) -> None:
     """Whatever it calls the cgroups below its own, sockets, processes and memory in them stay its own."""
-    roots = laid_out(tmp_path, f"{SLICE}/cri-containerd-{ID}.scope", f"{HOSTILE}/{inside}", names=True)
+    victim, hostile = f"{cluster}{SLICE}/cri-containerd-{ID}.scope", f"{cluster}{HOSTILE}"
+    roots = laid_out(tmp_path, victim, f"{hostile}/{inside}", names=True)
     (tmp_path / "var/log/containers" / f"evil_bad_app-{HOSTILE_ID}.log").symlink_to("/nowhere")
     mount = Path(roots.sys, "fs/cgroup")
-    (mount / f"{SLICE}/cri-containerd-{ID}.scope/cgroup.procs").write_text("1\n")
-    (mount / HOSTILE / inside / "cgroup.procs").write_text("2\n")
+    (mount / victim / "cgroup.procs").write_text("1\n")
+    (mount / hostile / inside / "cgroup.procs").write_text("2\n")
     inventory = build_inventory(roots)
     paths = {workload.owner: workload.cgroup.path for workload in inventory.workloads}
-    assert paths[VICTIM] == f"/{SLICE}/cri-containerd-{ID}.scope"
-    evil = inventory.owner_of_cgroup((mount / HOSTILE).stat().st_ino)
+    assert paths[VICTIM] == f"/{victim}"
+    evil = inventory.owner_of_cgroup((mount / hostile).stat().st_ino)
     assert evil == Owner(pod="bad0bad0-bad0-bad0-bad0-bad0bad0bad0", container="app")
-    assert inventory.owner_of_cgroup((mount / HOSTILE / inside).stat().st_ino) == evil
+    assert inventory.owner_of_cgroup((mount / hostile / inside).stat().st_ino) == evil
     assert inventory.processes()[VICTIM] == {1}
-    for seen in (f"/{HOSTILE}/{inside}", f"/../cri-containerd-{HOSTILE_ID}.scope/{inside}"):
+    for seen in (f"/{hostile}/{inside}", f"/../cri-containerd-{HOSTILE_ID}.scope/{inside}"):
         assert inventory.owner_of_path(seen) == evil
 
 
