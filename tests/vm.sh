@@ -9,8 +9,9 @@
 # /dev/vda. DIR is the only directory that the command can write to and that outlives the machine. The command runs as root
 # with SHOAL_VM=1 set; its output and its exit status become this script's. Kernels are fetched once, with apt as it is
 # configured here, into a cache outside the repository.
-# With SHIFT the machine's clock counts its instructions, each as 2^SHIFT nanoseconds, and skips the time in which it is idle:
-# however busy this machine is, that one does not notice. 5.10 and 6.1 hang with it when they start their second processor.
+# With SHIFT the machine's clock counts its instructions, each as 2^SHIFT nanoseconds, and skips the time in which it is idle: it
+# has as much of a processor as ever, however busy this machine is. Waiting for this machine's disk is idle too, so that seems
+# slower then. 5.10 and 6.1 hang with it when they start their second processor.
 # SHOAL_VM_TIMEOUT is in seconds (180); SHOAL_VM_CACHE moves the cache.
 set -eu
 

@@ -6,7 +6,7 @@ cd "$(dirname "$0")/../.."
 
 [ $# -gt 0 ] || { echo "usage: tests/lab/vm.sh VERSION [ARGUMENT]..." >&2; exit 2; }
 version=$1 && shift
-# With a counted clock (see vm.sh) no load of this machine makes a failure late. 5.10 starts so with one processor.
+# With a counted clock (see vm.sh) a busy machine takes no processor from this one. 5.10 starts so with one.
 case $version in
 6.12) clock="-i 3" ;;
 5.10) clock="-i 2 -c 1" ;;
