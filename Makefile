@@ -4,7 +4,7 @@
 # make lab          cause all fourteen failures on this kernel, until each page comes and goes; report in .lab/
 # make lab-vm       the same in a virtual machine: KERNEL=5.10, 6.1 or 6.12; make lab-vm-all is one after the other
 # make demo         cause one failure and watch it: FAULT=listen_queue; make lab-list names them
-# make test-vm      what else only a stock kernel can show: KERNEL=6.1
+# make test-vm      what else only a stock kernel can show, on 6.12
 # make fuzz         ten thousand bad inputs for every parser
 # make bench        cost of a scrape beside its peers: BENCH='idle', 'full', 'monster'   make bench-rules  the rule pack for a thousand nodes
 # make growth       cost against pods, sockets and connections; draws docs/growth.svg    make soak  an hour, a scrape a second
@@ -52,7 +52,7 @@ unit: .venv/dev
 # In a virtual machine: what loads modules and writes sysctls of the initial namespace.
 test-vm: .venv/dev
 	tests/packages.sh
-	SHOAL_VM_TIMEOUT=1200 tests/vm.sh $(KERNEL) -- $(BIN)/pytest -q -p no:cacheprovider --timeout=600 tests/vm
+	SHOAL_VM_TIMEOUT=1800 tests/vm_disk.sh -i 3 6.12 .lab/vm -- $(BIN)/pytest -q -p no:cacheprovider --timeout=600 tests/vm
 
 # Half an hour. pytest tests/unit/fuzz alone is what CI does: a hundred for each.
 fuzz: .venv/dev
