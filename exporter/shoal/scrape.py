@@ -33,7 +33,7 @@ WORKERS = "shoal"
 _STOP_SECONDS = 1.0
 # How long a collector may be read before those that wait for its thread get another. With 20 ms a full node had two or
 # three threads contend at every scrape, which was then no sooner answered and cost a fifth more.
-_PATIENCE_SECONDS = 0.25
+_PATIENCE_SECONDS = 0.1
 # Of one collector. A node of 500 pods has 15,000 in all; more than this is a fault, or somebody's intent.
 _MOST_SAMPLES = 50_000
 
