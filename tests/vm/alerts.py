@@ -131,7 +131,7 @@ def share(file: Path, kind: str, seconds: float = 30) -> float:
 def slow_disk(name: str, mebibytes: int) -> Iterator[Path]:
     """Make and mount an ext4 on a device each of whose reads takes 50 ms, however many there are.
 
-    Below 50 ms dm-delay has a thread that is busy all the time.
+    Below 50 ms dm-delay of 6.12, by its source, polls in a thread of its own, which is no idle machine.
     """
     image, place = Path(f"/run/disks/{name}.image"), Path(f"/run/disks/{name}")
     place.mkdir(parents=True)
@@ -156,8 +156,8 @@ def slow_disk(name: str, mebibytes: int) -> Iterator[Path]:
 def run_code(program: Path, threads: int = 8) -> Callable[[], NoReturn]:
     """Return a job whose threads execute here and there in a program.
 
-    No advice to read at random: of pages that are mapped so, the kernel's newer way to age pages (MGLRU) counts no wait
-    for one that was just evicted.
+    No advice to read at random: by its source, the kernel's newer way to age pages (MGLRU, which 6.12 has on) takes
+    what is mapped so for not in use, and then a wait for a page that was just evicted counts as one for I/O alone.
     """
 
     def execute(address: int, size: int) -> None:
