@@ -6,8 +6,9 @@ It is a whole machine that is short of memory, kept waiting by its disks, or wit
 machine in use may have this done to it, and `make test-vm` leaves it out: it wants the counted clock. The path that a
 page takes is the lab's.
 
-Seen on 6.12: ShoalCodeEvictionStall after 280 s, ShoalMemoryStall after 297, ShoalNodeIoPressure after 305. ShoalNodeMemoryPressure
-came in the first scene and not in its own; ShoalNeighbourTableOverflow did not come, though ShoalNeighbourTableNearlyFull did.
+Seen on 6.12: ShoalCodeEvictionStall after 280 s, ShoalMemoryStall after 297, ShoalNodeIoPressure after 305.
+ShoalNodeMemoryPressure came in the first scene and not in its own; ShoalNeighbourTableOverflow did not come, though
+ShoalNeighbourTableNearlyFull did.
 """
 
 from __future__ import annotations
