@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from typing import TYPE_CHECKING, Any, cast
 
@@ -188,3 +189,22 @@ def test_labels_of_what_is_gone_are_let_go() -> None:
     for number in range(1000):
         render([Family(GAUGE, [(("pod", f"gone-{number}"), 1)])], openmetrics=False)
     assert exposition._fragment.cache_info().currsize < 300
+
+
+def test_all_garbage_is_collected_after_some_answers() -> None:
+    """Python itself is told never to look at what has lived for long."""
+    generations: list[int] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            generations.append(info["generation"])
+
+    gc.disable()
+    gc.callbacks.append(note)
+    try:
+        for _ in range(64):
+            render([], openmetrics=False)
+    finally:
+        gc.callbacks.remove(note)
+        gc.enable()
+    assert generations == [2, 2]
