@@ -21,10 +21,9 @@ __all__ = ["render"]
 
 # About twice the samples of the largest node that the benchmarks build; a fragment is about 100 bytes.
 _FRAGMENTS = 32_768
-# After so many times all are let go: those of pods that are gone would fill the cache, which then has 16 MiB.
-_KEPT_FOR = 256
-# After so many all garbage is collected, which `cli` leaves to this: what is in circles is little, and must not grow.
-_COLLECTED_AFTER = 32
+# After so many answers all fragments are let go: those of pods that are gone would fill the cache, which then has
+# 16 MiB. All garbage is collected too, which `cli` leaves to this: what is in circles is little, and must not grow.
+_KEPT_FOR = 32
 _times = count(1)
 
 
@@ -34,10 +33,8 @@ def render(families: Iterable[Family], *, openmetrics: bool) -> bytes:
     Bytes of a label value that are no UTF-8, as a cgroup's name may have, are written as Python escapes them, so that
     two such names stay apart.
     """
-    number = next(_times)
-    if not number % _KEPT_FOR:
+    if not next(_times) % _KEPT_FOR:
         _fragment.cache_clear()
-    if not number % _COLLECTED_AFTER:
         gc.collect()
     lines: list[str] = []
     for family in families:

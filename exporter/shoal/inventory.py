@@ -11,6 +11,7 @@ import re
 import threading
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import count
 from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 from shoal.kernel.cgroups import find_hierarchy, read_process_cgroups, read_processes, walk
@@ -58,6 +59,11 @@ _UNIT = re.compile(r".+\.(?:service|scope)$")
 # Helpers of the runtime that live beside a container and are none of its processes.
 _HELPER = re.compile(r"^(?:crio|libpod)-conmon-[0-9a-f]{64}(?:\.scope)?$")
 _SHORT_ID = 12
+# What paths tell is kept, of more than the largest node that the benchmarks build has; after so many inventories all of
+# it is let go: what those of pods that are gone told would fill it.
+_IDENTITIES = 4096
+_KEPT_FOR = 32
+_times = count(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +178,7 @@ class _Identity:
     containers: tuple[str, ...]
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=_IDENTITIES)
 def _identity(path: str, *, anywhere: bool = True) -> _Identity:
     """Read a path, the same ones at every scrape. A unit counts only outside containers.
 
@@ -249,6 +255,8 @@ def build_inventory(roots: Roots) -> Inventory:
     Two cgroups can have one name for a moment, as when a container has just been restarted: the shallower, then
     the younger one (the higher id) keeps it, so that no two series have the same labels.
     """
+    if not next(_times) % _KEPT_FOR:
+        _identity.cache_clear()
     hierarchy = find_hierarchy(roots.sys)
     names = _kubelet_names(roots.rootfs)
     by_container: dict[str, Owner] = {}

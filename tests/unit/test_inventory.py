@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from shoal.inventory import Node, Owner, build_inventory
+from shoal.inventory import Node, Owner, _identity, build_inventory
 from shoal.kernel.cgroups import find_hierarchy, open_cgroup
 from shoal.kernel.files import Reason, Roots, Unavailable, Vanished, read
 
@@ -428,3 +428,12 @@ def test_a_node_is_gone_with_its_scrape(hierarchy: str, tmp_path: Path) -> None:
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_what_paths_of_pods_that_are_gone_tell_is_let_go() -> None:
+    """It took 3 MiB where pods come and go."""
+    for number in range(1000):
+        _identity(f"/kubepods/pod{number:032x}")
+    for _ in range(32):
+        build_inventory(recorded())
+    assert _identity.cache_info().currsize < 300
