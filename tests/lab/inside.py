@@ -1,6 +1,6 @@
 """A run of the lab from within its node: builds everything, causes everything, waits for every page and its end.
 
-All failures run side by side on one path (on an emulated machine, in two waves); who is hit tells them apart. Built
+All failures run side by side on one path (on an emulated machine, a few at a time); who is hit tells them apart. Built
 first, so that each counter is known to Prometheus before it moves; then caused; each is confirmed and cured when its
 page has come.
 """
@@ -50,6 +50,8 @@ _RISES_AFTER: Final = 3.0
 _CHECK_OVER: Final = 5.0
 """Seconds between the two scrapes of `check`, as a person has it who gives no option."""
 _LOOK_EVERY: Final = 0.5
+_SIDE_BY_SIDE: Final = 5
+"""How many failures an emulated machine has at a time."""
 _FOR: Final = 3
 """How many scrapes every alert waits here, with `for`."""
 _SCRAPES: Final = 3
@@ -195,16 +197,20 @@ class Lab:
                 _say(f"{fault.name}: the exporter says so too, {fault.signal} is not available ({reason})")
 
     def _waves(self) -> list[list[_Case]]:
-        """Say what goes on side by side: everything, but on an emulated machine what loads it comes after the rest.
+        """Say what goes on side by side: everything, but on an emulated machine few, and what loads it after the rest.
 
         Fourteen at a time were too much for one of two CPUs (6.12): it took three minutes to cause them, and a scrape
-        more than twenty seconds.
+        more than twenty seconds. With nine it took fifteen, and `check` did not know what collectors had no time for.
         """
         if not IN_VM:
             return [list(self.cases)]
         # What wants the controllers of memory, CPU and I/O has them at their limit.
-        last = [case for case in self.cases if case.fault.needs]
-        return [wave for wave in ([case for case in self.cases if not case.fault.needs], last) if wave]
+        rest, last = ([case for case in self.cases if bool(case.fault.needs) is needs] for needs in (False, True))
+        return [
+            group[first : first + _SIDE_BY_SIDE]
+            for group in (rest, last)
+            for first in range(0, len(group), _SIDE_BY_SIDE)
+        ]
 
     def cause(self, wave: Sequence[_Case]) -> list[_Case]:
         """Set these failures and their decoys going, and return those that do."""

@@ -245,7 +245,7 @@ def test_of_what_did_not_page_all_that_is_known_is_kept(tmp_path: Path, monkeypa
     assert (tmp_path / f"{fault.alert}.log").read_text() == "{'__name__': 'up'} 1\n"
 
 
-@pytest.mark.parametrize(("in_vm", "sizes"), [(False, [14]), (True, [9, 5])])
+@pytest.mark.parametrize(("in_vm", "sizes"), [(False, [14]), (True, [5, 4, 5])])
 def test_what_loads_an_emulated_machine_comes_after_the_rest(
     sizes: list[int], monkeypatch: pytest.MonkeyPatch, *, in_vm: bool
 ) -> None:
