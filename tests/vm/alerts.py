@@ -66,17 +66,27 @@ def lab() -> Iterator[tuple[Node, Stack]]:
         yield node, stack
 
 
-def page(stack: Stack, alert: str, since: float, **labels: str) -> Page:
+@pytest.fixture
+def scene(lab: tuple[Node, Stack]) -> Iterator[tuple[Node, Stack, ExitStack]]:
+    """Wait until no alert of an earlier scene is left; what is put on the stack ends with this one."""
+    node, stack = lab
+    while ask(stack, f'ALERTS{{node="{stack.labels["node"]}",alertname=~"Shoal(Node|Memory|Code|Neighbour).*"}}'):
+        time.sleep(INTERVAL)
+    with ExitStack() as ends:
+        yield node, stack, ends
+
+
+def page(stack: Stack, alert: str, since: float, status: str = "firing", **labels: str) -> Page:
     """Wait for an alert about exactly this; labels of the machine and of the alert itself go without saying."""
     known = {"alertname", "severity", "signal", *stack.labels}
     while time.time() < since + PATIENCE:
         for one in stack.pages():
             own = {name: value for name, value in one.labels.items() if name not in known}
-            if one.alert == alert and one.status == "firing" and one.at >= since and own == labels:
-                say(f"{alert} {own} after {one.at - since:.0f} s: {one.annotations['description']}")
+            if one.alert == alert and one.status == status and one.at >= since and own == labels:
+                say(f"{alert} {own} {status} after {one.at - since:.0f} s: {one.annotations['description']}")
                 return one
         time.sleep(1)
-    raise AssertionError(f"{alert} has not come; there are {[(one.alert, one.labels) for one in stack.pages()]}")
+    raise AssertionError(f"{alert} is not {status}; there are {[(one.alert, one.labels) for one in stack.pages()]}")
 
 
 def ask(stack: Stack, expression: str) -> list[dict[str, Any]]:
@@ -84,12 +94,6 @@ def ask(stack: Stack, expression: str) -> list[dict[str, Any]]:
     while True:
         with suppress(OSError):
             return stack.query(expression)
-
-
-def calm(stack: Stack) -> None:
-    """Wait until no alert of an earlier scene is left."""
-    while ask(stack, f'ALERTS{{node="{stack.labels["node"]}",alertname=~"Shoal(Node|Memory|Code|Neighbour).*"}}'):
-        time.sleep(INTERVAL)
 
 
 def show(stack: Stack, selector: str) -> None:
@@ -132,24 +136,24 @@ def share(file: Path, kind: str, seconds: float = 30) -> float:
 
 
 @contextmanager
-def slow_disk(name: str, mebibytes: int) -> Iterator[Path]:
-    """Make and mount an ext4 on a device each of whose reads takes 50 ms, however many there are.
+def slow_file(name: str, mebibytes: int) -> Iterator[Path]:
+    """Make a file of so many MiB, on an ext4 on a device each of whose reads takes 50 ms, however many there are.
 
     Below 50 ms dm-delay of 6.12, by its source, polls in a thread of its own, which is no idle machine.
     """
-    image, place = Path(f"/run/disks/{name}.image"), Path(f"/run/disks/{name}")
+    image, place, size = Path(f"/run/disks/{name}.image"), Path(f"/run/disks/{name}"), (mebibytes + 48) * MIB
     place.mkdir(parents=True)
     with image.open("wb") as file:
-        file.truncate(mebibytes * MIB)
+        file.truncate(size)
     run("modprobe", "dm-delay")
     loop = run("losetup", "--find", "--show", str(image)).strip()
-    table = f"0 {mebibytes * MIB // 512} delay {loop} 0 50 {loop} 0 0"
+    table = f"0 {size // 512} delay {loop} 0 50 {loop} 0 0"
     run("dmsetup", "--noudevsync", "--noudevrules", "create", name, "--table", table)
     try:
         device = f"/dev/dm-{run('dmsetup', 'info', '--columns', '--noheadings', '-o', 'minor', name).strip()}"
         run("mkfs.ext4", "-q", "-F", "-m", "0", device)
         run("mount", device, str(place))
-        yield place
+        yield random_file(place / "file", mebibytes)
     finally:
         libc.umount2(bytes(place), 2)
         run("dmsetup", "--noudevsync", "--noudevrules", "remove", "--deferred", name)
@@ -185,58 +189,58 @@ def run_code(program: Path, threads: int = 8) -> Callable[[], NoReturn]:
     return job
 
 
-def test_code_that_does_not_fit_its_limit(lab: tuple[Node, Stack]) -> None:
+def test_code_that_does_not_fit_its_limit(scene: tuple[Node, Stack, ExitStack]) -> None:
     """A program of 48 MiB, a limit of 24, a slow disk: it stands still; with more memory it runs."""
-    node, stack = lab
-    calm(stack)
-    with ExitStack() as scene:
-        place = scene.enter_context(slow_disk("code", 96))
-        pod = scene.enter_context(node.pod("search"))
-        program = random_file(place / "program", 48)
-        cgroup = pod.container("app", memory_max=str(24 * MIB))
-        since = time.time()
-        pid = pod.start(run_code(program))
-        for alert in ("ShoalCodeEvictionStall", "ShoalMemoryStall"):
-            page(stack, alert, since, **pod.labels, container="app")
-            show(stack, '{__name__=~"workload:shoal_(memory|cpu_usage).*",pod="search",container="app"}')
-        show(stack, '{__name__=~"node:.*_pressure_full.*"}')
+    node, stack, ends = scene
+    program = ends.enter_context(slow_file("code", 48))
+    pod = ends.enter_context(node.pod("search"))
+    cgroup = pod.container("app", memory_max=str(24 * MIB))
+    since = time.time()
+    pid = pod.start(run_code(program))
+    for alert in ("ShoalCodeEvictionStall", "ShoalMemoryStall"):
+        page(stack, alert, since, **pod.labels, container="app")
+        show(stack, '{__name__=~"workload:shoal_(memory|cpu_usage).*",pod="search",container="app"}')
+    show(stack, '{__name__=~"node:.*_pressure_full.*"}')
 
-        usage = 'cat "$cg"/memory.current "$cg"/memory.max "$cg"/memory.pressure'
-        look = f"{CG}grep -E '^(workingset_refault_file|pgmajfault) ' \"$cg\"/memory.stat; {usage}"
-        stalled = r"workingset_refault_file (\d+)\npgmajfault (\d+)\n2[345]\d{6}\n25165824\nsome avg10=[3-9]\d"
-        first = paste("ShoalCodeEvictionStall", look, stalled, pid)
-        time.sleep(10)
-        second = paste("ShoalCodeEvictionStall", look, stalled, pid)
-        assert int(second[1]) - int(first[1]) > 1000
-        assert int(second[2]) - int(first[2]) > 100
-        counters = "grep -E '^(workingset_refault|pgmajfault|pgscan) ?' \"$cg\"/memory.stat"
-        paste(
-            "ShoalMemoryStall",
-            f"{CG}{usage}\n{counters}; sleep 10\n{counters}",
-            r"^2[345]\d{6}\n25165824\nsome avg10=[3-9]\d.*workingset_refault_file \d+\n.*workingset_refault_file \d+\n",
-            pid,
-        )
-        before = share(cgroup / "memory.pressure", "some")
-        paste("ShoalMemoryStall", f'{CG}echo 512M > "$cg"/memory.max', r"\A\Z", pid)
-        # Each page is read once more, and then never again.
-        time.sleep(60)
-        after = share(cgroup / "memory.pressure", "some")
-        say(f"waited for memory {before:.0%} of the time, with the higher limit {after:.0%}")
-        assert before > 0.3
-        assert after < 0.05
+    usage = 'cat "$cg"/memory.current "$cg"/memory.max "$cg"/memory.pressure'
+    look = f"{CG}grep -E '^(workingset_refault_file|pgmajfault) ' \"$cg\"/memory.stat; {usage}"
+    stalled = r"workingset_refault_file (\d+)\npgmajfault (\d+)\n2[345]\d{6}\n25165824\nsome avg10=[3-9]\d"
+    first = paste("ShoalCodeEvictionStall", look, stalled, pid)
+    time.sleep(10)
+    second = paste("ShoalCodeEvictionStall", look, stalled, pid)
+    assert int(second[1]) - int(first[1]) > 1000
+    assert int(second[2]) - int(first[2]) > 100
+    counters = "grep -E '^(workingset_refault|pgmajfault|pgscan) ?' \"$cg\"/memory.stat"
+    paste(
+        "ShoalMemoryStall",
+        f"{CG}{usage}\n{counters}; sleep 10\n{counters}",
+        r"^2[345]\d{6}\n25165824\nsome avg10=[3-9]\d.*workingset_refault_file \d+\n.*workingset_refault_file \d+\n",
+        pid,
+    )
+    before = share(cgroup / "memory.pressure", "some")
+    paste("ShoalMemoryStall", f'{CG}echo 512M > "$cg"/memory.max', r"\A\Z", pid)
+    # Each page is read once more, and then never again.
+    time.sleep(60)
+    after = share(cgroup / "memory.pressure", "some")
+    say(f"waited for memory {before:.0%} of the time, with the higher limit {after:.0%}")
+    assert before > 0.3
+    assert after < 0.05
 
 
 def scan(addresses: list[str]) -> Callable[[], NoReturn]:
-    """Return a job that sends a packet to each of these addresses, three hundred a second, over and over."""
+    """Return a job that sends a packet to each of these addresses, up to three hundred a second, over and over.
+
+    Each from a socket of its own: packets that wait for a neighbour's answer fill the send buffer, and one socket fills
+    no table. It sent 64 a second, which are given up as fast.
+    """
 
     def job() -> NoReturn:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as link:
-            ready()
-            for address in cycle(addresses):
-                # No room for its neighbour entry, or told that nobody is there.
-                with suppress(OSError):
-                    link.sendto(b"x", (address, 9))
-                time.sleep(1 / 300)
+        ready()
+        for address in cycle(addresses):
+            # No room for its neighbour entry, or told that nobody is there.
+            with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as link:
+                link.sendto(b"x", (address, 9))
+            time.sleep(1 / 300)
         raise AssertionError("it has no end")
 
     return job
@@ -255,49 +259,46 @@ def refused(addresses: list[str]) -> Counter[str]:
     return told
 
 
-def test_neighbour_table(lab: tuple[Node, Stack]) -> None:
+def test_neighbour_table(scene: tuple[Node, Stack, ExitStack]) -> None:
     """A scan of a network where nobody is fills a table of 512, and more room ends it."""
-    node, stack = lab
-    calm(stack)
+    node, stack, ends = scene
     thresholds = [f"net.ipv4.neigh.default.gc_thresh{level}" for level in (1, 2, 3)]
     old = [run("sysctl", "-n", name).strip() for name in thresholds]
-    with ExitStack() as scene:
-        scene.callback(lambda: run("sysctl", "-qw", *(f"{n}={v}" for n, v in zip(thresholds, old, strict=True))))
-        segment = scene.enter_context(node.container("segment"))
-        run("ip", "link", "add", "seg", "type", "veth", "peer", "name", "eth0", "netns", segment.netns)
-        run("ip", "address", "add", "10.79.0.1/16", "dev", "seg")
-        run("ip", "link", "set", "seg", "up")
-        segment.ip("link set eth0 up")
-        run("sysctl", "-qw", *(f"{n}={v}" for n, v in zip(thresholds, (128, 256, 512), strict=True)))
-        scanner = scene.enter_context(node.unit("scanner.service"))
-        # Known to Prometheus before it moves.
-        time.sleep(2 * INTERVAL)
+    ends.callback(lambda: run("sysctl", "-qw", *(f"{n}={v}" for n, v in zip(thresholds, old, strict=True))))
+    segment = ends.enter_context(node.container("segment"))
+    run("ip", "link", "add", "seg", "type", "veth", "peer", "name", "eth0", "netns", segment.netns)
+    run("ip", "address", "add", "10.79.0.1/16", "dev", "seg")
+    run("ip", "link", "set", "seg", "up")
+    segment.ip("link set eth0 up")
+    run("sysctl", "-qw", *(f"{n}={v}" for n, v in zip(thresholds, (128, 256, 512), strict=True)))
+    scanner = ends.enter_context(node.unit("scanner.service"))
+    # Known to Prometheus before it moves.
+    time.sleep(2 * INTERVAL)
 
-        since = time.time()
-        scanner.start(scan([f"10.79.{third}.{fourth}" for third in range(250) for fourth in range(1, 251)]))
-        page(stack, "ShoalNeighbourTableOverflow", since, protocol="ipv4")
-        show(stack, '{__name__=~"table:.*overflows.*",protocol="ipv4"}')
-        say(f"senders were told {refused([f'10.79.255.{fourth}' for fourth in range(1, 251)])}")
-        counted = paste(
-            "ShoalNeighbourTableOverflow", TABLE_FULLS, r"thresh3 512 .*table_fulls (\d+)\n.*table_fulls (\d+)"
-        )
-        assert int(counted[2]) > int(counted[1])
-        paste("ShoalNeighbourTableOverflow", "dmesg | grep 'neighbor table overflow'", "arp_cache: neighbor table ov")
-        paste(
-            "ShoalNeighbourTableOverflow",
-            "for pid in $(lsns -t net -n -o PID); do printf '%s %s\\n' "
-            '"$(nsenter -t $pid -n ip -4 neigh | wc -l)" "$pid"; done | sort -rn | head',
-            r"^[45]\d\d \d+$",
-        )
-        say(run("bash", "-c", "ip -4 neigh | awk '{print $NF}' | sort | uniq -c"))
-        paste(
-            "ShoalNeighbourTableOverflow",
-            "sysctl -w net.ipv4.neigh.default.gc_thresh1=4096 net.ipv4.neigh.default.gc_thresh2=8192 "
-            "net.ipv4.neigh.default.gc_thresh3=16384",
-            "gc_thresh3 = 16384",
-        )
-        counted = paste("ShoalNeighbourTableOverflow", TABLE_FULLS, r"table_fulls (\d+)\n.*table_fulls (\d+)")
-        assert int(counted[2]) == int(counted[1])
+    since = time.time()
+    scanner.start(scan([f"10.79.{third}.{fourth}" for third in range(250) for fourth in range(1, 251)]))
+    page(stack, "ShoalNeighbourTableOverflow", since, protocol="ipv4")
+    show(stack, '{__name__=~"table:.*overflows.*",protocol="ipv4"}')
+    say(f"senders were told {refused([f'10.79.255.{fourth}' for fourth in range(1, 251)])}")
+    counted = paste("ShoalNeighbourTableOverflow", TABLE_FULLS, r"thresh3 512 .*table_fulls (\d+)\n.*table_fulls (\d+)")
+    assert int(counted[2]) > int(counted[1])
+    paste("ShoalNeighbourTableOverflow", "dmesg | grep 'neighbor table overflow'", "arp_cache: neighbor table ov")
+    paste(
+        "ShoalNeighbourTableOverflow",
+        "for pid in $(lsns -t net -n -o PID); do printf '%s %s\\n' "
+        '"$(nsenter -t $pid -n ip -4 neigh | wc -l)" "$pid"; done | sort -rn | head',
+        r"^[45]\d\d \d+$",
+    )
+    say(run("bash", "-c", "ip -4 neigh | awk '{print $NF}' | sort | uniq -c"))
+    paste(
+        "ShoalNeighbourTableOverflow",
+        "sysctl -w net.ipv4.neigh.default.gc_thresh1=4096 net.ipv4.neigh.default.gc_thresh2=8192 "
+        "net.ipv4.neigh.default.gc_thresh3=16384",
+        "gc_thresh3 = 16384",
+    )
+    counted = paste("ShoalNeighbourTableOverflow", TABLE_FULLS, r"table_fulls (\d+)\n.*table_fulls (\d+)")
+    assert int(counted[2]) == int(counted[1])
+    page(stack, "ShoalNeighbourTableOverflow", time.time(), "resolved", protocol="ipv4")
 
 
 def backup(file: Path) -> Callable[[], NoReturn]:
@@ -311,33 +312,30 @@ def backup(file: Path) -> Callable[[], NoReturn]:
     return job
 
 
-def test_a_disk_that_all_wait_for(lab: tuple[Node, Stack]) -> None:
+def test_a_disk_that_all_wait_for(scene: tuple[Node, Stack, ExitStack]) -> None:
     """With readers on a slow disk, and nothing else to do, the node waits for its disk."""
-    node, stack = lab
-    calm(stack)
-    with ExitStack() as scene:
-        place = scene.enter_context(slow_disk("reads", 64))
-        file = random_file(place / "data", 16)
-        pod = scene.enter_context(node.pod("backup"))
-        since = time.time()
-        for _ in range(4):
-            pod.start(backup(file))
-        page(stack, "ShoalNodeIoPressure", since, resource="io")
-        show(stack, '{__name__=~"node:.*_pressure_full.*"}')
-        paste(
-            "ShoalNodeIoPressure",
-            "cat /proc/pressure/io\niostat -dxmy 5 1",
-            r"^full avg10=\S+ avg60=[4-9]\d.*^dm-0 +\d",
-        )
-        paste(
-            "ShoalNodeIoPressure",
-            WHO_WAITS.format("io"),
-            r"kubepods.*io.pressure:full [5-9]\d",
-        )
-        pod.end()
-        after = share(Path("/proc/pressure/io"), "full")
-        say(f"without the readers nothing could run {after:.0%} of the time")
-        assert after < 0.2
+    node, stack, ends = scene
+    file = ends.enter_context(slow_file("reads", 16))
+    pod = ends.enter_context(node.pod("backup"))
+    since = time.time()
+    for _ in range(4):
+        pod.start(backup(file))
+    page(stack, "ShoalNodeIoPressure", since, resource="io")
+    show(stack, '{__name__=~"node:.*_pressure_full.*"}')
+    paste(
+        "ShoalNodeIoPressure",
+        "cat /proc/pressure/io\niostat -dxmy 5 1",
+        r"^full avg10=\S+ avg60=[4-9]\d.*^dm-0 +\d",
+    )
+    paste(
+        "ShoalNodeIoPressure",
+        WHO_WAITS.format("io"),
+        r"kubepods.*io.pressure:full [5-9]\d",
+    )
+    pod.end()
+    after = share(Path("/proc/pressure/io"), "full")
+    say(f"without the readers nothing could run {after:.0%} of the time")
+    assert after < 0.2
 
 
 def hold(mebibytes: int) -> Callable[[], NoReturn]:
@@ -359,34 +357,31 @@ def available() -> int:
     return int(re.findall(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[0]) >> 10
 
 
-def test_node_short_of_memory(lab: tuple[Node, Stack]) -> None:
+def test_node_short_of_memory(scene: tuple[Node, Stack, ExitStack]) -> None:
     """Heaps leave 150 MiB for a program of 200 that has no limit of its own, and nothing on the node runs for long."""
-    node, stack = lab
-    calm(stack)
-    with ExitStack() as scene:
-        place = scene.enter_context(slow_disk("program", 256))
-        program = random_file(place / "program", 200)
-        server = scene.enter_context(node.unit("server.service"))
-        heaps = scene.enter_context(node.unit("heaps.service"))
-        say(f"{available()} MiB are available")
-        since = time.time()
-        heaps.start(hold(available() - 150))
-        say(f"{available()} MiB are available")
-        server.start(run_code(program))
-        page(stack, "ShoalNodeMemoryPressure", since, resource="memory")
-        show(stack, '{__name__=~"node:.*_pressure_full.*"}')
-        show(stack, '{__name__=~"workload:shoal_memory.*",unit="server.service"}')
-        paste("ShoalNodeMemoryPressure", "cat /proc/pressure/memory", r"^full avg10=\S+ avg60=[1-9]\d")
-        paste(
-            "ShoalNodeMemoryPressure",
-            WHO_WAITS.format("memory"),
-            r"server.service/memory.pressure:full [2-9]\d",
-        )
-        before = share(Path("/proc/pressure/memory"), "full")
-        heaps.end()
-        # Each page is read once more.
-        time.sleep(120)
-        after = share(Path("/proc/pressure/memory"), "full")
-        say(f"nothing could run {before:.0%} of the time, without the heaps {after:.0%}")
-        assert before > 0.1
-        assert after < 0.05
+    node, stack, ends = scene
+    program = ends.enter_context(slow_file("program", 200))
+    server = ends.enter_context(node.unit("server.service"))
+    heaps = ends.enter_context(node.unit("heaps.service"))
+    say(f"{available()} MiB are available")
+    since = time.time()
+    heaps.start(hold(available() - 150))
+    say(f"{available()} MiB are available")
+    server.start(run_code(program))
+    page(stack, "ShoalNodeMemoryPressure", since, resource="memory")
+    show(stack, '{__name__=~"node:.*_pressure_full.*"}')
+    show(stack, '{__name__=~"workload:shoal_memory.*",unit="server.service"}')
+    paste("ShoalNodeMemoryPressure", "cat /proc/pressure/memory", r"^full avg10=\S+ avg60=[1-9]\d")
+    paste(
+        "ShoalNodeMemoryPressure",
+        WHO_WAITS.format("memory"),
+        r"server.service/memory.pressure:full [2-9]\d",
+    )
+    before = share(Path("/proc/pressure/memory"), "full")
+    heaps.end()
+    # Each page is read once more.
+    time.sleep(120)
+    after = share(Path("/proc/pressure/memory"), "full")
+    say(f"nothing could run {before:.0%} of the time, without the heaps {after:.0%}")
+    assert before > 0.1
+    assert after < 0.05
