@@ -280,7 +280,7 @@ def test_neighbour_table(scene: tuple[Node, Stack, ExitStack]) -> None:
     page(stack, "ShoalNeighbourTableOverflow", since, protocol="ipv4")
     show(stack, '{__name__=~"table:.*overflows.*",protocol="ipv4"}')
     say(f"senders were told {refused([f'10.79.255.{fourth}' for fourth in range(1, 251)])}")
-    counted = paste("ShoalNeighbourTableOverflow", TABLE_FULLS, r"thresh3 512 .*table_fulls (\d+)\n.*table_fulls (\d+)")
+    counted = paste("ShoalNeighbourTableOverflow", TABLE_FULLS, r"thresh3 512 .*table_fulls (\d+)\s.*table_fulls (\d+)")
     assert int(counted[2]) > int(counted[1])
     paste("ShoalNeighbourTableOverflow", "dmesg | grep 'neighbor table overflow'", "arp_cache: neighbor table ov")
     paste(
@@ -290,15 +290,16 @@ def test_neighbour_table(scene: tuple[Node, Stack, ExitStack]) -> None:
         r"^[45]\d\d \d+$",
     )
     say(run("bash", "-c", "ip -4 neigh | awk '{print $NF}' | sort | uniq -c"))
+    raised = time.time()
     paste(
         "ShoalNeighbourTableOverflow",
         "sysctl -w net.ipv4.neigh.default.gc_thresh1=4096 net.ipv4.neigh.default.gc_thresh2=8192 "
         "net.ipv4.neigh.default.gc_thresh3=16384",
         "gc_thresh3 = 16384",
     )
-    counted = paste("ShoalNeighbourTableOverflow", TABLE_FULLS, r"table_fulls (\d+)\n.*table_fulls (\d+)")
+    counted = paste("ShoalNeighbourTableOverflow", TABLE_FULLS, r"table_fulls (\d+)\s.*table_fulls (\d+)")
     assert int(counted[2]) == int(counted[1])
-    page(stack, "ShoalNeighbourTableOverflow", time.time(), "resolved", protocol="ipv4")
+    page(stack, "ShoalNeighbourTableOverflow", raised, "resolved", protocol="ipv4")
 
 
 def backup(file: Path) -> Callable[[], NoReturn]:
@@ -358,13 +359,14 @@ def available() -> int:
 
 
 def test_node_short_of_memory(scene: tuple[Node, Stack, ExitStack]) -> None:
-    """Heaps leave 150 MiB for a program of 200 that has no limit of its own, and nothing on the node runs for long."""
+    """Heaps leave a program without a limit half of what it needs, and nothing on the node runs for long."""
     node, stack, ends = scene
-    program = ends.enter_context(slow_file("program", 200))
+    program = ends.enter_context(slow_file("program", 400))
     server = ends.enter_context(node.unit("server.service"))
     heaps = ends.enter_context(node.unit("heaps.service"))
     say(f"{available()} MiB are available")
     since = time.time()
+    # The kernel says less than it has: with 150 MiB the program gets 220, and one of 200 had no need to wait.
     heaps.start(hold(available() - 150))
     say(f"{available()} MiB are available")
     server.start(run_code(program))
@@ -375,9 +377,10 @@ def test_node_short_of_memory(scene: tuple[Node, Stack, ExitStack]) -> None:
     paste(
         "ShoalNodeMemoryPressure",
         WHO_WAITS.format("memory"),
-        r"server.service/memory.pressure:full [2-9]\d",
+        r"server.service/memory.pressure:full [1-9]\d",
     )
     before = share(Path("/proc/pressure/memory"), "full")
+    ended = time.time()
     heaps.end()
     # Each page is read once more.
     time.sleep(120)
@@ -385,3 +388,4 @@ def test_node_short_of_memory(scene: tuple[Node, Stack, ExitStack]) -> None:
     say(f"nothing could run {before:.0%} of the time, without the heaps {after:.0%}")
     assert before > 0.1
     assert after < 0.05
+    page(stack, "ShoalNodeMemoryPressure", ended, "resolved", resource="memory")
