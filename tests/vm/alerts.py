@@ -6,8 +6,9 @@ It is a whole machine that is short of memory, kept waiting by its disks, or wit
 machine in use may have this done to it, and `make test-vm` leaves it out: it wants the counted clock. The path that a
 page takes is the lab's.
 
-Seen on 6.12: ShoalCodeEvictionStall after 280 s, ShoalMemoryStall after 297, ShoalNodeIoPressure after 305,
-ShoalNeighbourTableOverflow after 309, ShoalNodeMemoryPressure after 271 and over 386 s after the cure.
+Seen on 6.12: ShoalCodeEvictionStall after 280 s, ShoalMemoryStall after 297, ShoalNodeIoPressure after 305;
+ShoalNeighbourTableOverflow after 309, and over 287 s after its cure; ShoalNodeMemoryPressure after 271, and over 386 s
+after its cure.
 """
 
 from __future__ import annotations
