@@ -632,7 +632,7 @@ def _conntrack(unseen: str) -> Panels:
         chart(
             "Packets and connections lost, 5 min",
             "Dropped: new connections that found the table full. Early: unanswered ones thrown out to make room. "
-            "Insertion races: parallel requests from one port, mostly DNS, with room in the table. Normal: 0.",
+            "Insertion races: two packets wanted one entry and one was lost, with room in the table. Normal: 0.",
             [
                 Line(f"netns:shoal_conntrack_drop:increase5m{{{HERE}}}", "dropped: {{netns}}"),
                 Line(f"netns:shoal_conntrack_early_drop:increase5m{{{HERE}}}", "early: {{netns}}"),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 PAGES: Final = sorted((RULES / "runbooks").glob("*.md"))
 
 PLAIN: Final = {
-    *("awk", "basename", "bash", "cat", "cd", "cut", "df", "dirname", "dmesg", "du", "echo", "find", "getent"),
+    *("awk", "basename", "bash", "cat", "cd", "cut", "df", "dirname", "dmesg", "du", "echo", "find"),
     *(
         "grep",
         "head",

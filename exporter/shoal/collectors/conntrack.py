@@ -247,7 +247,7 @@ class ConntrackCollector(Collector):
     """A full table drops every new connection while established ones live on (failure 9).
 
     Each network namespace has a table of its own up to the node's one limit; all are counted without entering any.
-    `insert_failed` without a full table is another illness, the race of parallel requests from one port. Who fills the
+    `insert_failed` without a full table is another illness, a race of two packets for one entry. Who fills the
     host's table, which ports masquerading has used up (14), and which entries still lead to a backend that is gone (12)
     comes from a dump, which is taken at its own interval, in a thread of its own, and says how old it is.
     """

@@ -91,7 +91,7 @@ class ConntrackStatistics:
     insert: int | None
     """Entries put into the table by userspace; those that packets make are not counted here."""
     insert_failed: int | None
-    """Entries that lost the race to be put in (parallel DNS queries from one socket), or met a chain too long."""
+    """Entries that lost a race for their place (two clients masqueraded with one port), or met a chain too long."""
     drop: int | None
     """Packets dropped: no room in the table, no memory, or an insertion that failed."""
     early_drop: int | None
