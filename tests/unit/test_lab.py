@@ -245,18 +245,21 @@ def test_of_what_did_not_page_all_that_is_known_is_kept(tmp_path: Path, monkeypa
     assert (tmp_path / f"{fault.alert}.log").read_text() == "{'__name__': 'up'} 1\n"
 
 
-@pytest.mark.parametrize(("in_vm", "sizes"), [(False, [14]), (True, [5, 4, 5])])
+@pytest.mark.parametrize(
+    ("in_vm", "cpus", "sizes"), [(False, 2, [14]), (True, 2, [5, 4, 5]), (True, 1, [5, 4, 2, 2, 1])]
+)
 def test_what_loads_an_emulated_machine_comes_after_the_rest(
-    sizes: list[int], monkeypatch: pytest.MonkeyPatch, *, in_vm: bool
+    cpus: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch, *, in_vm: bool
 ) -> None:
-    """Each failure is in one wave, and those for which the controllers' limits are reached are in the last."""
+    """Each failure is in one wave, and those for which the controllers' limits are reached are in the last ones."""
     monkeypatch.setattr(inside, "IN_VM", in_vm)
+    monkeypatch.setattr(os, "cpu_count", lambda: cpus)
     of_all = inside.Lab(load(), inside.Pace(5, 1, 0))
     of_all.cases = [inside._Case(fault, outcome(fault.number), untold(), Culprit({})) for fault in load()]
     waves = of_all._waves()
     assert [len(wave) for wave in waves] == sizes
     assert sorted(case.fault.number for wave in waves for case in wave) == list(range(1, FAULTS + 1))
-    of_all.cases = of_all.cases[4:8]
+    of_all.cases = of_all.cases[4:6]
     assert len(of_all._waves()) == 1
 
 

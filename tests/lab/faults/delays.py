@@ -78,7 +78,7 @@ FAULT = Fault(
     confirm=(
         Shows(
             'cat "$cg"/io.pressure; cat "$cg"/io.max; cat "$cg"/io.stat; sleep 5; cat "$cg"/io.stat',
-            r"full avg10=[5-9]\d\..*riops=3 ",
+            r"full avg10=(?:[5-9]\d|100)\..*riops=3 ",
         ),
     ),
     needs=(DELAY_ACCOUNTING, IO_CONTROLLER),
