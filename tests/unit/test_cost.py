@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from tests.bench.pods import pods
 
-from shoal import exposition
+from shoal import exposition, inventory
 from shoal.collectors import load
 from shoal.exposition import render
 from shoal.inventory import Node
@@ -43,6 +43,7 @@ COUNTED = ("open", "read", "stat", "scandir", "listdir")
 def _labels_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Begin to count anew the texts after which labels are let go, which else may be between two that are compared."""
     monkeypatch.setattr(exposition, "_times", itertools.count(1))
+    monkeypatch.setattr(inventory, "_times", itertools.count(1))
 
 
 def lay_out(root: Path, number: int) -> Roots:
