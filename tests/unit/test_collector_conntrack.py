@@ -157,6 +157,8 @@ def kernel(monkeypatch: pytest.MonkeyPatch, opened: list[object]) -> Iterator[Ke
     for name in dir(made):
         if name.startswith("read_"):
             monkeypatch.setattr(f"shoal.collectors.conntrack.{name}", getattr(made, name))
+    # A dump is waited for until it has ended, however busy the machine is.
+    monkeypatch.setattr("shoal.collectors.conntrack._PATIENCE_SECONDS", 20)
     yield made
     made.hold.set()
     assert not opened
@@ -726,8 +728,11 @@ def test_a_dump_has_an_interval_of_its_own(tmp_path: Path, kernel: Kernel, minut
     assert ages == [(0, 1), (15, 1), (30, 1), (45, 1), (0, 2), (30, 2)]
 
 
-def test_a_dump_that_takes_long_is_not_waited_for(tmp_path: Path, kernel: Kernel) -> None:
+def test_a_dump_that_takes_long_is_not_waited_for(
+    tmp_path: Path, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The scrape goes on without; a second dump is not begun; when it has ended it is there."""
+    monkeypatch.setattr("shoal.collectors.conntrack._PATIENCE_SECONDS", 0.02)
     roots = copy_of("6.1", tmp_path)
     one = collector()
     kernel.hold.clear()
@@ -746,11 +751,14 @@ def test_a_dump_that_takes_long_is_not_waited_for(tmp_path: Path, kernel: Kernel
     assert lacking(one) == {"endpoints"}
 
 
-def test_the_last_dump_stands_while_the_next_is_taken(tmp_path: Path, kernel: Kernel, minutes: list[float]) -> None:
+def test_the_last_dump_stands_while_the_next_is_taken(
+    tmp_path: Path, kernel: Kernel, minutes: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With its age, so that nobody takes it for fresh."""
     node = Node(copy_of("6.1", tmp_path))
     one = collector()
     one.read(node)
+    monkeypatch.setattr("shoal.collectors.conntrack._PATIENCE_SECONDS", 0.02)
     kernel.hold.clear()
     minutes[0] += 61
     found = samples(one.read(node))
