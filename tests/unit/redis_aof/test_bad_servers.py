@@ -124,6 +124,22 @@ async def test_what_it_answers_is_its_reason(
     assert found["shoal_scrape_collector_success"] == {("redis_aof",): 1}
 
 
+async def test_an_answer_too_many_ends_the_connection(
+    pretend: Pretend, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where it would pass for a right one: from there on nobody knows which answer belongs to which question."""
+    # Otherwise it could pass for the answer to a PING, and is no PONG.
+    monkeypatch.setattr(server_module, "_PING_SECONDS", 60)
+    name = await pretend(but(latency=b"*0\r\n" * 2))
+    watching = await watch(f"redis://{name}")
+    assert await watching.reasons() == {name: ""}
+    for _ in range(100):
+        await asyncio.sleep(0.05)
+        if (reasons := await watching.reasons()) != {name: ""}:
+            break
+    assert reasons == {name: "protocol"}
+
+
 @pytest.mark.parametrize("case", SILENT)
 async def test_silence_is_a_timeout(pretend: Pretend, watch: Watch, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     """A server that accepts and does not answer, or not to the end: the scrape waits a second at most."""
