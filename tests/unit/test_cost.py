@@ -166,7 +166,8 @@ import asyncio, os, sys, threading
 from shoal import cli
 
 def heaps():
-    # glibc maps one for each thread, at a multiple of 64 MiB; this finds those, beside the one that brk() makes.
+    # glibc maps one for each thread: 64 MiB at a multiple of that, the first part in use and the rest not yet. A stack
+    # may begin at such a place too.
     barrier = threading.Barrier(9)
     def allocate():
         kept = bytes(100_000)
@@ -176,9 +177,12 @@ def heaps():
         threading.Thread(target=allocate).start()
     barrier.wait()
     with open("/proc/self/maps") as maps:
-        starts = [int(line.partition("-")[0], 16) for line in maps if " rw-p 00000000 00:00 0" in line]
+        found = [[*(int(end, 16) for end in words[0].split("-")), words[1]] for words in map(str.split, maps)]
     barrier.wait()
-    return sum(start % (64 << 20) == 0 for start in starts)
+    return sum(
+        used[0] % (64 << 20) == 0 and used[1:] == [rest[0], "rw-p"] and rest[1:] == [used[0] + (64 << 20), "---p"]
+        for used, rest in zip(found, found[1:])
+    )
 
 def run(serving):
     serving.close()
