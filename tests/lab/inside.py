@@ -2,7 +2,7 @@
 
 All failures run side by side on one path (on an emulated machine, a few at a time); who is hit tells them apart. Built
 first, so that each counter is known to Prometheus before it moves; then caused; each is confirmed and cured when its
-page has come.
+page has come, and taken away when all pages have ended.
 """
 
 from __future__ import annotations
@@ -137,26 +137,30 @@ class Lab:
         self.problems: list[str] = []
         self._seen = 0
 
-    def run(self, node: Node, stack: Stack, scene: ExitStack, other: ExitStack | None = None) -> None:
+    def run(self, node: Node, stack: Stack, other: ExitStack | None = None) -> None:
         """Go through all phases; what is given as `other_node` gives it is closed before anything else goes wrong."""
-        self.build(node, scene)
-        self.settle(stack)
-        self._check_signals(stack)
-        before = _scrape(stack)
-        if other:
-            other.close()
-            _say(f"the exporter of {OTHER}, of which a collector hung, is gone")
         for wave in self._waves():
-            self._await_pages(self.cause(wave), stack, before)
-        if other:
-            self._await_other(stack)
-        self._look_at_decoys(stack)
-        self._await_ends(stack)
+            # Each wave finds the machine as the first one did: cured failures and their decoys are a load too.
+            with ExitStack() as scene:
+                built = self.build(node, wave, scene)
+                self.settle(stack)
+                self._check_signals(wave, stack)
+                before = _scrape(stack)
+                if other:
+                    other.close()
+                    _say(f"the exporter of {OTHER}, of which a collector hung, is gone")
+                caused = self.cause(built)
+                self._await_pages(caused, stack, before)
+                if other:
+                    self._await_other(stack)
+                self._look_at_decoys(caused, stack)
+                self._await_ends(caused, stack)
         self._judge(stack)
 
-    def build(self, node: Node, scene: ExitStack) -> None:
-        """Build what is healthy so far, of every failure that can run here."""
-        for fault in self.faults:
+    def build(self, node: Node, faults: Sequence[Fault], scene: ExitStack) -> list[_Case]:
+        """Build what is healthy so far, of each of these failures that can run here, and return those."""
+        built = []
+        for fault in faults:
             outcome = self.outcomes[fault.name]
             if not outcome.ran:
                 _say(f"{fault.name} cannot run here: {outcome.cannot_run}")
@@ -172,8 +176,9 @@ class Lab:
                 traceback.print_exc()
                 outcome.problems.append(f"could not be built: {error}")
                 continue
-            self.cases.append(case)
-        _say(f"{len(self.cases)} failures and {sum(len(one.decoys) for one in self.cases)} decoys are built")
+            built.append(case)
+        _say(f"{len(built)} failures and {sum(len(one.decoys) for one in built)} decoys are built")
+        return built
 
     def settle(self, stack: Stack) -> None:
         """Wait until all that has been built was scraped and a point of the grid has passed since."""
@@ -183,10 +188,10 @@ class Lab:
         if sick:
             self.problems.append(f"Prometheus cannot evaluate {sick}")
 
-    def _check_signals(self, stack: Stack) -> None:
-        """See that the exporter has what the failures that run need, and says that it lacks what they lack."""
+    def _check_signals(self, faults: Sequence[Fault], stack: Stack) -> None:
+        """See that the exporter has what those of them that run need, and says that it lacks what the others lack."""
         available = stack.available()
-        for fault in self.faults:
+        for fault in faults:
             outcome = self.outcomes[fault.name]
             has, reason = available.get(fault.signal, (False, "it does not know the signal"))
             lacks = any(feature.kernel and feature.missing() for feature in fault.needs)
@@ -197,24 +202,24 @@ class Lab:
             elif lacks:
                 _say(f"{fault.name}: the exporter says so too, {fault.signal} is not available ({reason})")
 
-    def _waves(self) -> list[list[_Case]]:
+    def _waves(self) -> list[list[Fault]]:
         """Say what goes on side by side: everything, but on an emulated machine few, and what loads it after the rest.
 
         Fourteen at a time were too much for one of two CPUs (6.12): it took three minutes to cause them, and a scrape
         more than twenty seconds. With nine it took fifteen, and `check` did not know what collectors had no time for.
         """
         if not IN_VM:
-            return [list(self.cases)]
+            return [list(self.faults)]
         # What wants the controllers of memory, CPU and I/O has them at their limit.
-        rest, last = ([case for case in self.cases if bool(case.fault.needs) is needs] for needs in (False, True))
+        rest, last = ([fault for fault in self.faults if bool(fault.needs) is needs] for needs in (False, True))
         # Five of these keep a single CPU so busy that all of them wait for it, and their decoys too (5.10).
-        size = 2 if os.cpu_count() == 1 else _SIDE_BY_SIDE
+        size = 1 if os.cpu_count() == 1 else _SIDE_BY_SIDE
         return [*_batches(rest, _SIDE_BY_SIDE), *_batches(last, size)]
 
-    def cause(self, wave: Sequence[_Case]) -> list[_Case]:
+    def cause(self, built: Sequence[_Case]) -> list[_Case]:
         """Set these failures and their decoys going, and return those that do."""
         caused = []
-        for case in wave:
+        for case in built:
             try:
                 for decoy in case.decoys:
                     next(decoy.story)
@@ -222,11 +227,11 @@ class Lab:
             except Exception as error:  # noqa: BLE001  (as in _build)
                 traceback.print_exc()
                 case.outcome.problems.append(f"could not be caused: {error}")
-                self.cases.remove(case)
                 continue
             case.caused_at = time.time()
             caused.append(case)
             _say(f"{case.fault.name}: {case.fault.title}")
+        self.cases += caused
         return caused
 
     def _await_pages(self, cases: Sequence[_Case], stack: Stack, before: Snapshot) -> None:
@@ -289,10 +294,10 @@ class Lab:
         case.cured_at = time.time()
         _say(f"{case.fault.name} is cured")
 
-    def _await_ends(self, stack: Stack) -> None:
+    def _await_ends(self, cases: Sequence[_Case], stack: Stack) -> None:
         """Wait until the pages have ended, but for those whose evidence stays longer than there is time."""
         until = time.time() + self.pace.resolve_within
-        ending = [case for case in self.cases if case.outcome.detected]
+        ending = [case for case in cases if case.outcome.detected]
         for case in list(ending):
             if case.fault.resolves_after > self.pace.resolve_within:
                 case.outcome.resolve_not_awaited = True
@@ -368,7 +373,7 @@ class Lab:
             if said:
                 case.outcome.problems.append(f"`{command}` does not show {shows.pattern!r}: {said}")
 
-    def _look_at_decoys(self, stack: Stack) -> None:
+    def _look_at_decoys(self, cases: Sequence[_Case], stack: Stack) -> None:
         verdicts = {}
         try:
             before = _scrape(stack)
@@ -376,7 +381,7 @@ class Lab:
             verdicts = {one.failure.number: one for one in judge(Pair(before, _scrape(stack)))}
         except SourceError as error:
             self.problems.append(f"check cannot ask about the decoys: {error}")
-        for case in self.cases:
+        for case in cases:
             for decoy in case.decoys:
                 wrong = ""
                 try:
@@ -461,8 +466,8 @@ def _shown(script: str, shows: Shows) -> str:
     return ""
 
 
-def _batches(cases: list[_Case], size: int) -> Iterator[list[_Case]]:
-    return (cases[first : first + size] for first in range(0, len(cases), size))
+def _batches(faults: list[Fault], size: int) -> Iterator[list[Fault]]:
+    return (faults[first : first + size] for first in range(0, len(faults), size))
 
 
 def _lacks(needs: Sequence[Feature]) -> str:
@@ -525,7 +530,7 @@ def main(names: Sequence[str], pace: Pace, *, output: Path) -> int:
             _say("exporter, Prometheus and Alertmanager answer")
             # The exporter's own failures are the same on every kernel, and an emulated machine has enough to do.
             other = None if IN_VM else scene.enter_context(other_node(WORKPLACE))
-            lab.run(node, stack, scene, other)
+            lab.run(node, stack, other)
             lab.keep_series(stack, output / f"{KERNEL}.series.json.gz", time.monotonic() - began)
     finally:
         keep_logs(output / f"{KERNEL}.logs")
@@ -547,10 +552,10 @@ def demo(name: str, pace: Pace, *, doors: Sequence[socket.socket]) -> NoReturn:
     lab = Lab([fault], pace)
     with stage([fault], pace.interval) as (node, stack, scene):
         scene.enter_context(node.unit("shoal-doors.service")).start(lambda: asyncio.run(_open(doors)))
-        lab.build(node, scene)
+        built = lab.build(node, [fault], scene)
         _say("a minute of health first, so that every counter is known before it moves")
         lab.settle(stack)
-        lab.cause(list(lab.cases))
+        lab.cause(built)
         _say(f"waiting for {fault.alert}; rules/runbooks/{fault.alert}.md says what to do; Ctrl-C ends it all")
         told = ""
         while True:

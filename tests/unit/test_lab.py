@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +20,10 @@ import pytest
 import yaml
 from tests.lab import __main__ as program
 from tests.lab import inside
-from tests.lab.fault import Culprit, Shows
+from tests.lab.fault import Culprit, Decoy, Shows
 from tests.lab.faults import load
 from tests.lab.inside import _shipped_for, _shown, _waits, confirm_section
-from tests.lab.node import cgroup_mount
+from tests.lab.node import Node, cgroup_mount
 from tests.lab.report import FAULTS, KERNEL, Outcome, Report
 from tests.lab.stack import REPOSITORY, Page, Stack, _alertmanager_configuration, _prometheus_configuration
 
@@ -246,7 +247,7 @@ def test_of_what_did_not_page_all_that_is_known_is_kept(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("in_vm", "cpus", "sizes"), [(False, 2, [14]), (True, 2, [5, 4, 5]), (True, 1, [5, 4, 2, 2, 1])]
+    ("in_vm", "cpus", "sizes"), [(False, 2, [14]), (True, 2, [5, 4, 5]), (True, 1, [5, 4, 1, 1, 1, 1, 1])]
 )
 def test_what_loads_an_emulated_machine_comes_after_the_rest(
     cpus: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch, *, in_vm: bool
@@ -254,13 +255,39 @@ def test_what_loads_an_emulated_machine_comes_after_the_rest(
     """Each failure is in one wave, and those for which the controllers' limits are reached are in the last ones."""
     monkeypatch.setattr(inside, "IN_VM", in_vm)
     monkeypatch.setattr(os, "cpu_count", lambda: cpus)
-    of_all = inside.Lab(load(), inside.Pace(5, 1, 0))
-    of_all.cases = [inside._Case(fault, outcome(fault.number), untold(), Culprit({})) for fault in load()]
-    waves = of_all._waves()
+    waves = inside.Lab(load(), inside.Pace(5, 1, 0))._waves()
     assert [len(wave) for wave in waves] == sizes
-    assert sorted(case.fault.number for wave in waves for case in wave) == list(range(1, FAULTS + 1))
-    of_all.cases = of_all.cases[4:6]
-    assert len(of_all._waves()) == 1
+    assert sorted(fault.number for wave in waves for fault in wave) == list(range(1, FAULTS + 1))
+    assert len(inside.Lab(load()[4:6], inside.Pace(5, 1, 0))._waves()) == (2 if in_vm and cpus == 1 else 1)
+
+
+def test_a_wave_is_gone_before_the_next_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each failure with its decoys, so that what is left of one is no load for another."""
+    told: list[str] = []
+
+    def story(name: str) -> Story:
+        told.append(f"{name} built")
+        yield Culprit({"pod": name})
+        told.append(f"{name} caused")
+        try:
+            yield None
+        finally:
+            told.append(f"{name} gone")
+
+    def of(name: str) -> Fault:
+        decoy = Decoy(lambda _: story("decoy"))
+        return replace(load()[0], name=name, needs=(), story=lambda _: story(name), decoys=(decoy,))
+
+    faults = [of("one"), of("other")]
+    lab = inside.Lab(faults, inside.Pace(5, 0, 0))
+    monkeypatch.setattr(lab, "_waves", lambda: [[fault] for fault in faults])
+    monkeypatch.setattr(inside, "_scrape", lambda _: Snapshot(0.0))
+    for phase in ("settle", "_check_signals", "_look_at_decoys", "_await_ends", "_judge"):
+        monkeypatch.setattr(lab, phase, lambda *_: None)
+    monkeypatch.setattr(lab, "_await_pages", lambda cases, *_: told.extend(f"{one.fault.name} paged" for one in cases))
+    lab.run(Node.__new__(Node), Stack(tmp_path, {}))
+    each = ["{} built", "decoy built", "decoy caused", "{} caused", "{} paged", "decoy gone", "{} gone"]
+    assert told == [one.format(name) for name in ("one", "other") for one in each]
 
 
 @pytest.mark.parametrize("failing", [2, 9])
