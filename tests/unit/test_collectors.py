@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -177,6 +178,25 @@ def test_memory_signals_by_kernel(kernel: str, absent: set[str]) -> None:
     assert all(reasons[signal] == "not_in_kernel" for signal in absent)
     assert ("shoal_memory_peak_bytes" in found) == ("memory_peak" not in absent)
     assert ("shoal_memory_direct_scan_pages_total" in found) == ("memory_direct_scan" not in absent)
+
+
+@pytest.mark.parametrize(("kernel", "reason"), [("5.10", "not_in_kernel"), ("6.12", "")])
+def test_what_the_kernel_has_does_not_depend_on_who_came_near_a_limit(kernel: str, reason: str, tmp_path: Path) -> None:
+    """Otherwise a signal would be lost whenever a workload of an old kernel comes near its limit."""
+    roots = copy_of(kernel, tmp_path)
+    calm = [path for name in ("memory.events", "memory.events.local") for path in Path(roots.sys).rglob(name)]
+    for path in calm:
+        path.write_text(re.sub(r" \d+", " 0", path.read_text()))
+    for path in Path(roots.sys).rglob("memory.max"):
+        path.write_text("max\n")
+        path.with_name("memory.high").write_text("max\n")
+    one = collector("memory")
+    for _ in range(2):
+        found = samples(one.read(Node(roots)))
+        assert found["shoal_memory_events_total"]
+        assert "shoal_memory_major_faults_total" not in found
+        why = one.availability.absent["memory_direct_scan"]
+        assert (why[0].value if why else "") == reason
 
 
 @pytest.mark.parametrize("kernel", ["5.10", "6.1", "6.12"])

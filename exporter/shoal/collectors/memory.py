@@ -217,9 +217,10 @@ class MemoryCollector(Collector):
     signals: ClassVar = ("memory_oom_kills", "memory_workloads", "memory_peak", "memory_direct_scan")
 
     def __init__(self, settings: Settings) -> None:
-        """Start with no workload known to have come near its limit."""
+        """Start with no workload known to have come near its limit, and nothing of what this kernel has."""
         super().__init__(settings)
         self._restless: set[int] = set()
+        self._has_direct_scan: bool | None = None
 
     def read(self, node: Node) -> list[Family]:
         """Read the node's kills, then the memory files of every workload."""
@@ -236,15 +237,13 @@ class MemoryCollector(Collector):
             if not inventory.hierarchy.memory:
                 raise Unavailable(Reason.CGROUP_V1, "the memory controller is not on cgroup v2")
             self._restless &= {workload.cgroup.id for workload in inventory.workloads}
-            scan = _Scan(inventory.hierarchy.mount, self._restless)
+            scan = _Scan(inventory.hierarchy.mount, self._restless, has_direct_scan=self._has_direct_scan)
             read_workloads(inventory, families, scan.workload)
-        self._newer("memory_peak", "memory.peak (5.19)", families[EVENTS], found=bool(scan and scan.has_peak))
-        self._newer(
-            "memory_direct_scan",
-            "pgscan_direct in memory.stat (6.1)",
-            families[MAJOR_FAULTS],
-            found=bool(families[DIRECT_SCAN].samples),
-        )
+            self._has_direct_scan = scan.has_direct_scan
+        workloads = families[EVENTS]
+        self._newer("memory_peak", "memory.peak (5.19)", workloads, found=bool(scan and scan.has_peak))
+        what = "pgscan_direct in memory.stat (6.1)"
+        self._newer("memory_direct_scan", what, workloads, found=bool(self._has_direct_scan))
         return [kills, *families.values()]
 
     def _newer(self, signal: str, what: str, sibling: Family, *, found: bool) -> None:
@@ -260,12 +259,14 @@ class MemoryCollector(Collector):
 class _Scan:
     """Reads the workloads of one scrape.
 
-    `restless` are the cgroup ids of those that came near their limit, in this scrape or an earlier one. The limits of
-    ancestors are read once, however many workloads they bound.
+    `restless` are the cgroup ids of those that came near their limit, in this scrape or an earlier one;
+    `has_direct_scan` is None until it is known. The limits of ancestors are read once, however many workloads they
+    bound.
     """
 
-    def __init__(self, mount: str, restless: set[int]) -> None:
+    def __init__(self, mount: str, restless: set[int], *, has_direct_scan: bool | None) -> None:
         self.has_peak = False
+        self.has_direct_scan = has_direct_scan
         self._mount = mount
         self._restless = restless
         self._ancestors: dict[str, int | None] = {}
@@ -276,6 +277,9 @@ class _Scan:
         limit = self._tightest(workload.cgroup.path, own_max)
         current, peak = read_amount("memory.current", fd), _read_optional("memory.peak", fd)
         self.has_peak |= peak is not None
+        if self.has_direct_scan is None:
+            # Of one that may be calm: whether the kernel has it does not come and go with those that are not.
+            self.has_direct_scan = "pgscan_direct" in read_memory_stat(fd)
         amounts = {HIGH: high}
         ceiling = min((bound for bound in (limit, high) if bound is not None), default=None)
         events = {} if workload.whole_pod else read_events("memory.events", fd)
