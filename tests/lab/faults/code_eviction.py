@@ -31,7 +31,8 @@ def evicted(node: Node) -> Story:
         culprit = Culprit({**pod.labels, "container": "app"})
         yield culprit
         culprit.instead["<pid>"] = str(pod.start(_run_here_and_there(program)))
-        pod.start(read_again_and_again(data, pause=0))
+        # Once there is room for all of it, a scan without a pause would wait for no disk and leave no CPU to anybody.
+        pod.start(read_again_and_again(data, pause=0.2))
         yield None
         (cgroup / "memory.max").write_text("max")
         yield None
