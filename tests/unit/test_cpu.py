@@ -61,7 +61,10 @@ def test_quotas() -> None:
     assert parse_cpu_max(b"400000 100000\n") == 4
 
 
-@pytest.mark.parametrize("data", [b"max\n", b"100000\n", b"x 100000\n", b"1 0\n", b"-1 100000\n", b"1 2 3\n"])
+@pytest.mark.parametrize(
+    "data",
+    [b"max\n", b"100000\n", b"x 100000\n", b"1 0\n", b"-1 100000\n", b"1 2 3\n", b"99999999999999999999 1\n"],
+)
 def test_a_malformed_quota_is_refused(data: bytes) -> None:
     """Two words, a quota and a period that is not 0."""
     with pytest.raises(ParseError, match="a quota or the word max"):

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from shoal.kernel.files import ParseError, Reason, Unavailable, Vanished, parse_flat_keyed, read, unavailable_from
+from shoal.kernel.files import (
+    ParseError,
+    Reason,
+    Unavailable,
+    Vanished,
+    is_count,
+    parse_flat_keyed,
+    read,
+    unavailable_from,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -93,8 +102,39 @@ def test_flat_keyed_tolerates_more_columns() -> None:
 
 
 @pytest.mark.parametrize(
+    ("field", "expected"),
+    [
+        (b"0", True),
+        (b"18446744073709551615", True),
+        (b"18446744073709551616", False),
+        (b"99999999999999999999", False),
+        (b"018446744073709551615", False),
+        (b"9999999999999999999", True),
+        (b"-1", False),
+        (b"+1", False),
+        (b"1_0", False),
+        ("\u0663".encode(), False),
+        (b"", False),
+    ],
+)
+def test_a_count_has_64_bits(field: bytes, expected: bool) -> None:  # noqa: FBT001  (an expectation)
+    """More than that no kernel writes, whatever int() takes."""
+    assert is_count(field) is expected
+    if expected:
+        assert parse_flat_keyed(b"key %s\n" % field, "file") == {"key": int(field)}
+
+
+@pytest.mark.parametrize(
     ("data", "line"),
-    [(b"", 1), (b"high", 1), (b"high 1\nmax 2", 2), (b"high x\n", 1), (b"\xff\xfe 1\n", 1), (b"\n", 1)],
+    [
+        (b"", 1),
+        (b"high", 1),
+        (b"high 1\nmax 2", 2),
+        (b"high x\n", 1),
+        (b"\xff\xfe 1\n", 1),
+        (b"\n", 1),
+        (b"high 18446744073709551616\n", 1),
+    ],
 )
 def test_flat_keyed_rejects_the_malformed(data: bytes, line: int) -> None:
     """Empty, cut short and binary input is refused, naming file and line."""

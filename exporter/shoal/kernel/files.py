@@ -31,7 +31,8 @@ __all__ = [
 _CHUNK = 64 * 1024
 _LIMIT = 16 * 1024 * 1024
 # The kernel's numbers have 64 bits. int() takes much more: underscores, a plus, thousands of digits.
-_DIGITS = 20
+_LARGEST = b"%d" % (2**64 - 1)
+_DIGITS = len(_LARGEST)
 _HEXADECIMAL = re.compile(rb"[0-9a-fA-F]{1,16}")
 
 
@@ -158,7 +159,7 @@ def lines(data: bytes, file: str) -> list[bytes]:
 
 def is_count(field: bytes) -> bool:
     """Tell whether this is a number of at least 0 as the kernel prints one."""
-    return field.isdigit() and len(field) <= _DIGITS
+    return field.isdigit() and (len(field) < _DIGITS or (len(field) == _DIGITS and field <= _LARGEST))
 
 
 def whole(field: bytes) -> int:
@@ -185,7 +186,7 @@ def parse_flat_keyed(data: bytes, file: str) -> dict[str, int]:
         fields = line.split()
         try:
             # There are thousands of them, and a call for each takes half as long again.
-            plain = fields[1].isdigit() and len(fields[1]) <= _DIGITS
+            plain = fields[1].isdigit() and len(fields[1]) < _DIGITS
             rows[fields[0].decode()] = int(fields[1]) if plain else whole(fields[1])
         except (IndexError, ValueError):
             raise ParseError(file, number, "a key and a whole number") from None
